@@ -1,0 +1,628 @@
+"""VC-VAE: a video autoencoder that starts as an image autoencoder of keyframes and learns the motion between them.
+
+The network is in `blocks.py`, its temporal operators in `tdc.py`. Here is the model around it: frame counts, chunks,
+streams and tiles. Whole clips are chunked ones, so that results do not depend on how a video is cut.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import nn
+
+from .blocks import Cache, Decoder, Encoder, TemporalDesign
+from .image_vae import HUB_OPTIONS, inflate, read_image_vae
+from .tdc import TemporalConv3d, per_frame
+from .tiling import TileGrid
+
+
+@dataclass
+class AutoencoderKLVCVAEOutput(BaseOutput):
+    """What `AutoencoderKLVCVAE.forward` returns.
+
+    Args:
+        sample: the reconstruction, `(B, C, T, H, W)`, T as in the input.
+        latent_dist: the posterior, for the KL loss.
+    """
+
+    sample: torch.Tensor
+    latent_dist: DiagonalGaussianDistribution
+
+
+class AutoencoderKLVCVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
+    r"""VC-VAE, a video VAE with a keyframe anchor and Temporal Dynamic Difference Convolutions.
+
+    Video is `(B, C, T, H, W)` in [-1, 1], latents are `(B, latent_channels, ceil(T / r_t), H / r_s, W / r_s)`. Any T >= 1
+    is accepted and returned; a single image is a clip of one frame.
+
+    Args:
+        in_channels, out_channels, latent_channels, block_out_channels, layers_per_block, act_fn, norm_num_groups,
+            mid_block_add_attention, use_quant_conv, use_post_quant_conv: as in `AutoencoderKL`; the defaults are Flux's.
+        temporal_downsample: for each spatial downsampling, whether a temporal one follows. `(False, True, True)` is 4x8x8,
+            `(True, True, True)` 8x8x8.
+        temporal_operator: `"tdc"` (Eq. 5-7) or `"conv"`, the plain baselines (Eq. 1, 2).
+        temporal_causality: `"group"` (a frame sees its group) or `"causal"` (a frame sees the past).
+        temporal_padding: `"replicate"` or `"zeros"`, see `tdc.TemporalConv3d`.
+        first_frame: `"in_sequence"` (Sec. 3.4) or `"separate"`, the 1 + r_t*k scheme of Table 6, which ignores
+            `frame_convention`.
+        frame_convention: how T becomes whole groups. `"4k"` repeats the last frame; `"4k+1"` repeats the first one, and
+            `decode` without `num_frames` drops r_t - 1 frames at the start, as pipelines for causal VAEs expect.
+        scaling_factor, shift_factor: of the latents; the defaults are Flux's.
+        latents_mean, latents_std: by channel; by default the shift, and one over the scale.
+        temporal_compression_ratio, spatial_compression_ratio, scale_factor_temporal, scale_factor_spatial, z_dim,
+            temperal_downsample: names under which pipelines read what follows from the above. Do not set them.
+        invert_scale_latents: read by CogVideoX's image-to-video pipeline.
+
+    Raises:
+        ValueError: for a configuration that makes no network, naming the argument.
+    """
+
+    _supports_gradient_checkpointing = True
+    _supports_group_offloading = True
+    _no_split_modules = ("ResnetBlock", "Attention")
+    _skip_layerwise_casting_patterns = ("norm",)
+    _group_offload_block_modules = ("quant_conv", "post_quant_conv", "encoder", "decoder")
+    _skip_keys = ("cache",)
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        latent_channels: int = 16,
+        block_out_channels: tuple[int, ...] = (128, 256, 512, 512),
+        layers_per_block: int = 2,
+        act_fn: str = "silu",
+        norm_num_groups: int = 32,
+        mid_block_add_attention: bool = True,
+        use_quant_conv: bool = False,
+        use_post_quant_conv: bool = False,
+        temporal_downsample: tuple[bool, ...] = (False, True, True),
+        temporal_operator: str = "tdc",
+        temporal_causality: str = "group",
+        temporal_padding: str = "replicate",
+        first_frame: str = "in_sequence",
+        frame_convention: str = "4k",
+        scaling_factor: float = 0.3611,
+        shift_factor: float | None = 0.1159,
+        latents_mean: list[float] | None = None,
+        latents_std: list[float] | None = None,
+        temporal_compression_ratio: int | None = None,
+        spatial_compression_ratio: int | None = None,
+        scale_factor_temporal: int | None = None,
+        scale_factor_spatial: int | None = None,
+        z_dim: int | None = None,
+        temperal_downsample: tuple[bool, ...] | None = None,
+        invert_scale_latents: bool = False,
+    ):
+        super().__init__()
+        temporal_downsample = tuple(bool(flag) for flag in temporal_downsample)
+        self._check_config()
+        self.temporal_compression_ratio = 2 ** sum(temporal_downsample)
+        self.spatial_compression_ratio = 2 ** (len(block_out_channels) - 1)
+        self.temperal_downsample = temporal_downsample
+        shift = 0.0 if shift_factor is None else shift_factor
+        self.register_to_config(
+            latents_mean=[shift] * latent_channels if latents_mean is None else list(latents_mean),
+            latents_std=[1 / scaling_factor] * latent_channels if latents_std is None else list(latents_std),
+            temporal_compression_ratio=self.temporal_compression_ratio,
+            spatial_compression_ratio=self.spatial_compression_ratio,
+            scale_factor_temporal=self.temporal_compression_ratio,
+            scale_factor_spatial=self.spatial_compression_ratio,
+            z_dim=latent_channels,
+            temperal_downsample=temporal_downsample,
+        )
+
+        design = TemporalDesign(temporal_operator, temporal_causality, temporal_padding)
+        common = (layers_per_block, norm_num_groups, act_fn, mid_block_add_attention)
+        channels = tuple(block_out_channels)
+        self.encoder = Encoder(in_channels, latent_channels, channels, *common, temporal_downsample, design)
+        self.decoder = Decoder(out_channels, latent_channels, channels, *common, temporal_downsample[::-1], design)
+        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1) if use_quant_conv else None
+        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if use_post_quant_conv else None
+
+        self.use_slicing = False
+        self.use_tiling = False
+        self.tile_grid = TileGrid(64, 64, 48, 48)
+        # How many groups go through the network at once when no gradient is kept: more is faster, and takes more memory.
+        self.groups_per_chunk = 1
+
+    def _check_config(self) -> None:
+        config = self.config
+        choices = {
+            "temporal_operator": ("tdc", "conv"),
+            "temporal_causality": ("group", "causal"),
+            "temporal_padding": ("replicate", "zeros"),
+            "first_frame": ("in_sequence", "separate"),
+            "frame_convention": ("4k", "4k+1"),
+        }
+        for name, allowed in choices.items():
+            if config[name] not in allowed:
+                raise ValueError(f"{name} is {config[name]!r}, it must be one of {allowed}: choose one")
+        stages = len(config.block_out_channels)
+        if len(config.temporal_downsample) != stages - 1:
+            raise ValueError(
+                f"temporal_downsample is {tuple(config.temporal_downsample)}, it must have one flag for each of the "
+                f"{stages - 1} spatial downsamplings of block_out_channels {tuple(config.block_out_channels)}"
+            )
+        for channels in config.block_out_channels:
+            if channels % config.norm_num_groups != 0:
+                raise ValueError(
+                    f"block_out_channels has {channels}, not a multiple of norm_num_groups {config.norm_num_groups}: "
+                    "change one of them"
+                )
+        for name in ("latents_mean", "latents_std"):
+            if config[name] is not None and len(config[name]) != config.latent_channels:
+                raise ValueError(
+                    f"{name} has {len(config[name])} values, it must have one for each of the {config.latent_channels} "
+                    "latent channels"
+                )
+
+    @classmethod
+    def from_image_vae(cls, source: str, subfolder: str | None = None, **config) -> "AutoencoderKLVCVAE":
+        """Build a VC-VAE whose keyframes are those of an image VAE, with nothing trained yet (Sec. 3.2, Eq. 3, 4).
+
+        Args:
+            source: a folder or hub id of an `AutoencoderKL`, or a safetensors file in diffusers' or BFL's layout.
+            subfolder: of the folder or repository, for example `"vae"`.
+            config: settings that differ from the image VAE's, for example `temporal_downsample`, `latent_channels`; and
+                `token`, `revision`, `variant`, `cache_dir`, `local_files_only` for the hub.
+
+        Raises:
+            ValueError: if keys are missing or left over, naming them.
+            OSError: if the source cannot be read; for a gated repository it says how to get access.
+        """
+        image_vae = read_image_vae(source, subfolder=subfolder, **{k: config.pop(k) for k in HUB_OPTIONS if k in config})
+        vae = cls.from_config({**image_vae.video_config(), **config})
+        inflate(vae, image_vae)
+        return vae.eval()
+
+    # Frames and groups -----------------------------------------------------------------------------------------------
+
+    @property
+    def _static_images(self) -> bool:
+        """Whether one frame goes through the encoder as the clip that repeats it (Sec. 3.4) would."""
+        return self.config.temporal_padding == "replicate"
+
+    @property
+    def _front_padded(self) -> bool:
+        return self.config.first_frame == "in_sequence" and self.config.frame_convention == "4k+1"
+
+    def _missing_frames(self, num_frames: int) -> int:
+        """How many frames are repeated to make whole groups of `num_frames`."""
+        alone = 1 if self.config.first_frame == "separate" else 0
+        return (alone - num_frames) % self.temporal_compression_ratio
+
+    def _pad(self, x: torch.Tensor, missing: int, front: bool) -> torch.Tensor:
+        if missing == 0:
+            return x
+        repeated = (x[:, :, :1] if front else x[:, :, -1:]).expand(-1, -1, missing, -1, -1)
+        return torch.cat([repeated, x] if front else [x, repeated], dim=2)
+
+    def _chunks(self, frames: int, group: int, start: bool) -> list[int]:
+        """Sizes of the chunks in which `frames`, whole groups of `group`, go through the network."""
+        sizes = []
+        if start and self.config.first_frame == "separate":
+            sizes.append(1)
+            frames -= 1
+        # With gradients all activations are kept anyway, and one chunk is fastest; checkpointing keeps few of them.
+        keeps_all = torch.is_grad_enabled() and not self.encoder.gradient_checkpointing
+        size = max(frames, 1) if keeps_all else group * self.groups_per_chunk
+        return sizes + [min(size, frames - done) for done in range(0, frames, size)]
+
+    def _check_video(self, x: torch.Tensor, name: str, channels: int, multiple: int) -> None:
+        if x.ndim != 5:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}, it must be (batch, channels, frames, height, width): add the frame axis "
+                "of an image with .unsqueeze(2)"
+            )
+        if x.shape[1] != channels:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)} and so {x.shape[1]} channels, the model takes {channels}: the order is "
+                "(batch, channels, frames, height, width)"
+            )
+        if x.shape[2] == 0:
+            raise ValueError(f"{name} has no frames, shape {tuple(x.shape)}: pass at least one")
+        for axis, size in (("height", x.shape[3]), ("width", x.shape[4])):
+            if size == 0 or size % multiple != 0:
+                raise ValueError(
+                    f"{name} has {axis} {size}, not a positive multiple of the spatial compression {multiple}: pad to "
+                    f"{max(1, -(-size // multiple)) * multiple} and crop the result, as `vcvae reconstruct` does"
+                )
+
+    # Whole groups through the network ----------------------------------------------------------------------------------
+
+    def _encode_groups(self, x: torch.Tensor, cache: Cache) -> tuple[torch.Tensor, Cache]:
+        """Encode whole groups (or one static frame), chunk by chunk, at one spatial extent."""
+        sizes = self._chunks(x.shape[2], self.temporal_compression_ratio, start=cache is None)
+        parts = _Frames(sum(-(-size // self.temporal_compression_ratio) for size in sizes))
+        for chunk in x.split(sizes, dim=2):
+            moments, cache = self.encoder(chunk.contiguous(memory_format=torch.channels_last_3d), cache)
+            if self.quant_conv is not None:
+                moments = per_frame(self.quant_conv, moments)
+            parts.append(moments)
+        return parts.joined(), cache
+
+    def _decode_groups(self, z: torch.Tensor, cache: Cache) -> tuple[torch.Tensor, Cache]:
+        """Decode latent frames, chunk by chunk, at one spatial extent."""
+        alone = cache is None and self.config.first_frame == "separate"
+        sizes = self._chunks(z.shape[2], 1, start=cache is None)
+        parts = _Frames((z.shape[2] - alone) * self.temporal_compression_ratio + alone)
+        for chunk in z.split(sizes, dim=2):
+            if self.post_quant_conv is not None:
+                chunk = per_frame(self.post_quant_conv, chunk)
+            chunk = chunk.contiguous(memory_format=torch.channels_last_3d)
+            frames, cache = self.decoder(chunk, cache, first_frame_alone=alone)
+            alone = False
+            parts.append(frames)
+        return parts.joined(), cache
+
+    def _tiled(
+        self, run: Callable, x: torch.Tensor, caches: Cache, cell_in: int, cell_out: int
+    ) -> tuple[torch.Tensor, Cache]:
+        """Apply `run(tile, cache)` to overlapping tiles and blend; cells are `cell_in` pixels before, `cell_out` after."""
+        height, width = x.shape[3] // cell_in, x.shape[4] // cell_in
+        tiles = list(self.tile_grid.tiles(height, width, cell_out))
+        states, blended = [], None
+        for tile, cache in zip(tiles, caches or (None,) * len(tiles), strict=True):
+            rows, columns = _scaled(tile.rows, cell_in), _scaled(tile.columns, cell_in)
+            y, state = run(x[..., rows, columns], cache)
+            if blended is None:
+                blended = y.new_zeros(*y.shape[:3], height * cell_out, width * cell_out)
+            weight = tile.row_weights[:, None] * tile.column_weights
+            blended[..., _scaled(tile.rows, cell_out), _scaled(tile.columns, cell_out)] += y * weight.to(y)
+            states.append(state)
+        return blended, tuple(states)
+
+    def _encode_region(self, x: torch.Tensor, cache: Cache, tiled: bool, keep_cache: bool) -> tuple[torch.Tensor, Cache]:
+        ratio = self.spatial_compression_ratio
+        if not tiled or self.tile_grid.covers(x.shape[3] // ratio, x.shape[4] // ratio):
+            return self._encode_groups(x, cache)
+        run = self._encode_groups if keep_cache else lambda tile, _: (self._encode_groups(tile, None)[0], None)
+        return self._tiled(run, x, cache, ratio, 1)
+
+    def _decode_region(self, z: torch.Tensor, cache: Cache, tiled: bool, keep_cache: bool) -> tuple[torch.Tensor, Cache]:
+        if not tiled or self.tile_grid.covers(z.shape[3], z.shape[4]):
+            return self._decode_groups(z, cache)
+        run = self._decode_groups if keep_cache else lambda tile, _: (self._decode_groups(tile, None)[0], None)
+        return self._tiled(run, z, cache, 1, self.spatial_compression_ratio)
+
+    # Whole clips -------------------------------------------------------------------------------------------------------
+
+    def _encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Encode a clip to moments, `(B, 2 * latent_channels, ceil(T / r_t), H / r_s, W / r_s)`."""
+        self._check_video(x, "x", self.config.in_channels, self.spatial_compression_ratio)
+        if x.shape[2] > 1 or not self._static_images:
+            x = self._pad(x, self._missing_frames(x.shape[2]), front=self._front_padded)
+        return self._encode_region(x, None, self.use_tiling, keep_cache=False)[0]
+
+    def _decode(self, z: torch.Tensor, num_frames: int | None = None) -> torch.Tensor:
+        """Decode latents to frames, all of them or `num_frames`."""
+        self._check_video(z, "z", self.config.latent_channels, 1)
+        frames, _ = self._decode_region(z, None, self.use_tiling, keep_cache=False)
+        skip, keep = self._kept_frames(frames.shape[2], num_frames)
+        return frames[:, :, skip : skip + keep]
+
+    def _kept_frames(self, total: int, num_frames: int | None) -> tuple[int, int]:
+        """How many of `total` decoded frames are dropped at the start, and how many are kept then."""
+        if num_frames is not None and not 1 <= num_frames <= total:
+            raise ValueError(
+                f"num_frames is {num_frames}, the latents hold {total} frames: pass 1 to {total}, or None for all"
+            )
+        if not self._front_padded:
+            return 0, total if num_frames is None else num_frames
+        skip = self.temporal_compression_ratio - 1 if num_frames is None else total - num_frames
+        return skip, total - skip
+
+    @apply_forward_hook
+    def encode(self, x: torch.Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+        """Encode a clip of any T >= 1.
+
+        Args:
+            x: `(B, C, T, H, W)` in [-1, 1], H and W multiples of the spatial compression.
+            return_dict: False gives a tuple.
+
+        Returns:
+            The posterior over `(B, latent_channels, ceil(T / r_t), H / r_s, W / r_s)` as `.latent_dist`.
+
+        Raises:
+            ValueError: for a wrong shape.
+        """
+        slices = x.split(1) if self.use_slicing and x.shape[0] > 1 else (x,)
+        moments = [self._encode(part) for part in slices]
+        posterior = DiagonalGaussianDistribution(torch.cat(moments) if len(moments) > 1 else moments[0])
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    @apply_forward_hook
+    def decode(
+        self, z: torch.Tensor, return_dict: bool = True, num_frames: int | None = None
+    ) -> DecoderOutput | tuple[torch.Tensor]:
+        """Decode latents.
+
+        Args:
+            z: `(B, latent_channels, n, h, w)`, unscaled.
+            return_dict: False gives a tuple.
+            num_frames: T of the clip that was encoded; None gives all `r_t * n` frames (`r_t * n - r_t + 1` for `"4k+1"`).
+
+        Returns:
+            The frames, `(B, C, T, H, W)`, as `.sample`, not clamped.
+
+        Raises:
+            ValueError: for a wrong shape, or more frames than the latents hold.
+        """
+        slices = z.split(1) if self.use_slicing and z.shape[0] > 1 else (z,)
+        decoded = [self._decode(part, num_frames) for part in slices]
+        sample = torch.cat(decoded) if len(decoded) > 1 else decoded[0]
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> AutoencoderKLVCVAEOutput | tuple[torch.Tensor, DiagonalGaussianDistribution]:
+        """Reconstruct a clip: encode, take the posterior's mode or a sample of it, decode.
+
+        Args:
+            sample: `(B, C, T, H, W)` in [-1, 1].
+            sample_posterior: sample instead of taking the mode (training).
+            return_dict: False gives the tuple (reconstruction, posterior).
+            generator: for the sample.
+        """
+        posterior = self.encode(sample).latent_dist
+        z = posterior.sample(generator=generator) if sample_posterior else posterior.mode()
+        reconstruction = self.decode(z, num_frames=sample.shape[2]).sample
+        if not return_dict:
+            return reconstruction, posterior
+        return AutoencoderKLVCVAEOutput(sample=reconstruction, latent_dist=posterior)
+
+    # Chunks and streams ------------------------------------------------------------------------------------------------
+
+    @apply_forward_hook
+    def encode_chunk(self, frames: torch.Tensor, cache: Cache = None) -> tuple[torch.Tensor, Cache]:
+        """Encode the next whole groups of a stream. Chunks one after the other give what `encode` gives for the clip.
+
+        Args:
+            frames: `(B, C, r_t * n, H, W)`. The first chunk of a stream is of any length with `frame_convention="4k+1"`,
+                and `1 + r_t * n` frames with `first_frame="separate"`.
+            cache: what the call before returned; None starts a stream. It is not changed.
+
+        Returns:
+            Moments `(B, 2 * latent_channels, n, H / r_s, W / r_s)` and the next cache.
+
+        Raises:
+            ValueError: for a wrong shape, or frames that do not make whole groups.
+        """
+        self._check_video(frames, "frames", self.config.in_channels, self.spatial_compression_ratio)
+        if cache is None and self._front_padded:
+            frames = self._pad(frames, self._missing_frames(frames.shape[2]), front=True)
+        self._check_groups(frames.shape[2], start=cache is None)
+        return self._encode_region(frames, cache, self.use_tiling, keep_cache=True)
+
+    def _check_groups(self, num_frames: int, start: bool) -> None:
+        alone = 1 if start and self.config.first_frame == "separate" else 0
+        ratio = self.temporal_compression_ratio
+        if num_frames < alone or (num_frames - alone) % ratio != 0:
+            rule = f"{alone} + {ratio}*n" if alone else f"a multiple of {ratio}"
+            raise ValueError(
+                f"frames has {num_frames} frames, a chunk must have {rule}: use encode_stream, which takes any lengths, or "
+                "encode, which pads the clip"
+            )
+
+    @apply_forward_hook
+    def decode_chunk(self, latents: torch.Tensor, cache: Cache = None) -> tuple[torch.Tensor, Cache]:
+        """Decode the next latent frames of a stream. Chunks one after the other give what `decode` gives for all of them.
+
+        Args:
+            latents: `(B, latent_channels, n, h, w)`, unscaled, n >= 1.
+            cache: what the call before returned; None starts a stream. It is not changed.
+
+        Returns:
+            Frames `(B, C, r_t * n, H, W)`, fewer at the start of a stream for `"4k+1"` and `"separate"`; the next cache.
+
+        Raises:
+            ValueError: for a wrong shape.
+        """
+        self._check_video(latents, "latents", self.config.latent_channels, 1)
+        frames, next_cache = self._decode_region(latents, cache, self.use_tiling, keep_cache=True)
+        if cache is None:
+            frames = frames[:, :, self._kept_frames(frames.shape[2], None)[0] :]
+        return frames, next_cache
+
+    def encode_stream(
+        self, frames: Iterable[torch.Tensor], num_frames: int | None = None
+    ) -> Iterator[DiagonalGaussianDistribution]:
+        """Encode a stream with memory that does not depend on its length.
+
+        Args:
+            frames: chunks `(B, C, t, H, W)` of any lengths.
+            num_frames: of the whole stream. Needed only with `frame_convention="4k+1"`, where the frames missing from the
+                last group are repeated at the start, unless it is 1 + r_t * k.
+
+        Yields:
+            The posterior of every group, as soon as its last frame is there (of several groups, when a chunk completes
+            several and `groups_per_chunk` is more than 1).
+
+        Raises:
+            ValueError: for an empty stream, a wrong shape, or a stream that is not of `num_frames` frames.
+        """
+        ratio, seen, cache = self.temporal_compression_ratio, 0, None
+        pending: torch.Tensor | None = None
+        for chunk in frames:
+            seen += chunk.shape[2]
+            if pending is None and self._front_padded:
+                chunk = self._pad(chunk, ratio - 1 if num_frames is None else self._missing_frames(num_frames), front=True)
+            pending = chunk if pending is None else torch.cat([pending, chunk], dim=2)
+            while (ready := self._frames_ready(pending.shape[2], start=cache is None)) > 0:
+                moments, cache = self._next_groups(pending[:, :, :ready], cache)
+                yield DiagonalGaussianDistribution(moments)
+                pending = pending[:, :, ready:].clone()
+        if seen == 0:
+            raise ValueError("frames is an empty stream: pass at least one frame")
+        if num_frames is not None and seen != num_frames:
+            raise ValueError(f"num_frames is {num_frames}, the stream had {seen} frames: pass the true number")
+        if pending.shape[2] > 0:
+            if self._front_padded:
+                raise ValueError(
+                    f"the stream had {seen} frames, not 1 + {ratio}*k as frame_convention '4k+1' takes a stream of unknown "
+                    "length to have: pass num_frames"
+                )
+            pending = self._pad(pending, -pending.shape[2] % ratio, front=False)
+            yield DiagonalGaussianDistribution(self._next_groups(pending, cache)[0])
+
+    def _frames_ready(self, pending: int, start: bool) -> int:
+        """How many pending frames of a stream make the next chunk, 0 if the next group is not complete."""
+        if start and self.config.first_frame == "separate":
+            return min(pending, 1)
+        ratio = self.temporal_compression_ratio
+        return min(pending // ratio, self.groups_per_chunk) * ratio
+
+    @apply_forward_hook
+    def _next_groups(self, frames: torch.Tensor, cache: Cache) -> tuple[torch.Tensor, Cache]:
+        self._check_video(frames, "frames", self.config.in_channels, self.spatial_compression_ratio)
+        return self._encode_region(frames, cache, self.use_tiling, keep_cache=True)
+
+    def decode_stream(self, latents: Iterable[torch.Tensor], num_frames: int | None = None) -> Iterator[torch.Tensor]:
+        """Decode a stream with memory that does not depend on its length.
+
+        Args:
+            latents: chunks `(B, latent_channels, n, h, w)` of any lengths, unscaled.
+            num_frames: of the clip that was encoded; None gives all frames, as in `decode`.
+
+        Yields:
+            Frames `(B, C, t, H, W)`, `groups_per_chunk` groups at a time, t of them fewer at the ends.
+
+        Raises:
+            ValueError: for an empty stream, a wrong shape, or fewer frames than `num_frames`.
+        """
+        cache, given = None, 0
+        for chunk in latents:
+            self._check_video(chunk, "latents", self.config.latent_channels, 1)
+            for part in chunk.split(self.groups_per_chunk, dim=2):
+                start = cache is None
+                frames, cache = self._next_frames(part, cache)
+                if start and self._front_padded:
+                    missing = self._missing_frames(1 if num_frames is None else num_frames)
+                    frames = frames[:, :, missing:]
+                if num_frames is not None:
+                    frames = frames[:, :, : num_frames - given]
+                given += frames.shape[2]
+                if frames.shape[2] > 0:
+                    yield frames
+        if cache is None:
+            raise ValueError("latents is an empty stream: pass at least one latent frame")
+        if num_frames is not None and given < num_frames:
+            raise ValueError(f"num_frames is {num_frames}, the stream of latents held {given} frames: pass at most that")
+
+    @apply_forward_hook
+    def _next_frames(self, latents: torch.Tensor, cache: Cache) -> tuple[torch.Tensor, Cache]:
+        return self._decode_region(latents, cache, self.use_tiling, keep_cache=True)
+
+    # Switches ----------------------------------------------------------------------------------------------------------
+
+    def enable_tiling(
+        self,
+        tile_sample_min_height: int | None = None,
+        tile_sample_min_width: int | None = None,
+        tile_sample_stride_height: int | None = None,
+        tile_sample_stride_width: int | None = None,
+    ) -> None:
+        """Encode and decode frames larger than a tile in overlapping spatial tiles, blended linearly.
+
+        Each tile goes through the whole clip before the next one starts, so that memory depends on the size of a tile
+        alone. Time is never tiled: chunks are exact. See `tiling_error` for what blending costs. All sizes are in pixels.
+
+        Args:
+            tile_sample_min_height, tile_sample_min_width: size of a tile, 512 by default.
+            tile_sample_stride_height, tile_sample_stride_width: distance between tiles, three quarters of one by default.
+
+        Raises:
+            ValueError: unless all are multiples of the spatial compression and a stride is at most its tile.
+        """
+        ratio = self.spatial_compression_ratio
+        height = 512 if tile_sample_min_height is None else tile_sample_min_height
+        width = 512 if tile_sample_min_width is None else tile_sample_min_width
+        stride_height = (
+            max(1, height * 3 // 4 // ratio) * ratio if tile_sample_stride_height is None else tile_sample_stride_height
+        )
+        stride_width = (
+            max(1, width * 3 // 4 // ratio) * ratio if tile_sample_stride_width is None else tile_sample_stride_width
+        )
+        self.tile_grid = TileGrid.from_pixels(height, width, stride_height, stride_width, ratio)
+        self.use_tiling = True
+
+    @torch.no_grad()
+    def tiling_error(self, video: torch.Tensor) -> dict[str, float]:
+        """How far the tiled result is from the whole one, with the geometry of `enable_tiling`.
+
+        Args:
+            video: `(B, C, T, H, W)` in [-1, 1], larger than a tile and small enough to be encoded whole.
+
+        Returns:
+            `latent_max` and `latent_rms`, the maximum and root mean square of the difference of the latents over the
+            standard deviation of the whole ones; `sample_max` and `sample_psnr` (dB, peak-to-peak 2) of the decoded frames.
+        """
+        self._check_video(video, "video", self.config.in_channels, self.spatial_compression_ratio)
+        video = self._pad(video, self._missing_frames(video.shape[2]), front=self._front_padded)
+        whole, tiled = (
+            self._encode_region(video, None, tiling, keep_cache=False)[0].chunk(2, dim=1)[0] for tiling in (False, True)
+        )
+        frames, tiled_frames = (self._decode_region(whole, None, tiling, keep_cache=False)[0] for tiling in (False, True))
+        latent_error = (tiled - whole).float() / whole.float().std()
+        error = (tiled_frames - frames).float()
+        mse = error.square().mean().item()
+        return {
+            "latent_max": latent_error.abs().max().item(),
+            "latent_rms": latent_error.square().mean().sqrt().item(),
+            "sample_max": error.abs().max().item(),
+            "sample_psnr": float("inf") if mse == 0 else 10 * math.log10(4 / mse),
+        }
+
+    def fuse_tdc(self) -> None:
+        """Fold the temporal kernels once, for inference. The slices stay, and are what is saved; results do not change."""
+        for module in self.modules():
+            if isinstance(module, TemporalConv3d):
+                module.fuse()
+
+    def unfuse_tdc(self) -> None:
+        """Undo `fuse_tdc`: kernels are folded at every call again. `train()` does it too."""
+        for module in self.modules():
+            if isinstance(module, TemporalConv3d):
+                module.unfuse()
+
+    def train(self, mode: bool = True) -> "AutoencoderKLVCVAE":
+        """As in `nn.Module`. Training mode drops fused kernels, which would go stale."""
+        if mode:
+            self.unfuse_tdc()
+        return super().train(mode)
+
+
+class _Frames:
+    """Parts of a clip, joined along time in a buffer made once, so that no list of parts lives beside the result."""
+
+    def __init__(self, total: int):
+        self.total, self.filled, self.buffer = total, 0, None
+
+    def append(self, part: torch.Tensor) -> None:
+        if self.buffer is None and part.shape[2] == self.total:
+            self.buffer = part.contiguous()
+            return
+        if self.buffer is None:
+            self.buffer = part.new_empty(*part.shape[:2], self.total, *part.shape[3:])
+        self.buffer[:, :, self.filled : self.filled + part.shape[2]] = part
+        self.filled += part.shape[2]
+
+    def joined(self) -> torch.Tensor:
+        return self.buffer
+
+
+def _scaled(cells: slice, size: int) -> slice:
+    return slice(cells.start * size, cells.stop * size)

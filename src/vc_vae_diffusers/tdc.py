@@ -1,0 +1,448 @@
+"""The temporal operators of VC-VAE: causal and group causal convolutions, and their Temporal Dynamic Difference forms.
+
+An operator keeps its weight in the temporal slices that the paper names, `(out, in, slices, k, k)`:
+
+| operator | slices | equation |
+| --- | --- | --- |
+| `CausalConv3d` | t-2, t-1, t | Eq. 1 |
+| `GroupCausalConv3d` | past, current, future | Eq. 2 |
+| `GroupCausalTDC` | past, anchor, future | Eq. 5 |
+| `TemporalInteractionTDC` (`TemporalInteractionConv3d` without differences) | past, anchor | Eq. 6 |
+| `CausalTDC` | t-2, t-1, anchor | Eq. 7 |
+
+Eq. 5, 6 and 7 are one statement: the anchor frame `X_a` is convolved by `W_a`, its difference to every other frame of the
+receptive field by that frame's slice. Sorting by frames gives a plain kernel, see `fold_tdc`, so that an operator costs one
+convolution and no parameter more than its plain twin.
+
+Tensors are `(B, C, T, H, W)`; `channels_last_3d` is the fast layout. State is explicit: `y, cache = layer(x, cache)` with
+`cache=None` at the start of a stream. The module needs nothing but PyTorch and serves outside the VAE as well.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrize
+
+
+def fold_tdc(weight: torch.Tensor, anchor: int) -> torch.Tensor:
+    """Return the plain kernel that equals the difference form (Eq. 5, 6, 7).
+
+    `W_a*X_a + sum_k W_k*(X_k - X_a)` is `sum_k W_k*X_k + (W_a - sum_k W_k)*X_a`, sums over `k != a`. Differentiable.
+
+    Args:
+        weight: `(out, in, slices, ...)`, the slices of the difference form.
+        anchor: index of the anchor's slice.
+    """
+    slices = list(weight.unbind(2))
+    anchor %= len(slices)
+    slices[anchor] = slices[anchor] - sum(w for k, w in enumerate(slices) if k != anchor)
+    return torch.stack(slices, dim=2)
+
+
+def unfold_tdc(kernel: torch.Tensor, anchor: int) -> torch.Tensor:
+    """Return the slices of the difference form that equals a plain kernel: the inverse of `fold_tdc`."""
+    slices = list(kernel.unbind(2))
+    slices[anchor] = kernel.sum(2)
+    return torch.stack(slices, dim=2)
+
+
+def per_frame(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Apply a 2-D module to every frame of `(B, C, T, H, W)`: time folds into the batch (free in `channels_last_3d`)."""
+    y = module(x.transpose(1, 2).flatten(0, 1))
+    return y.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+
+
+class TemporalConv3d(nn.Conv3d):
+    """What the operators share: the slices, their kernels, and the frame that stands in for a missing neighbour.
+
+    Args:
+        in_channels, out_channels: as in `nn.Conv3d`.
+        kernel_size: odd spatial size `k`, zero-padded to keep H and W.
+        temporal_padding: `"replicate"` puts the nearest existing frame in the place of a missing one, so that a difference
+            that cannot be formed is zero (Sec. 3.3; the choice is not in the paper). `"zeros"` is what IV-VAE does.
+        bias: as in `nn.Conv3d`.
+
+    Raises:
+        ValueError: for an even `kernel_size` or an unknown `temporal_padding`.
+    """
+
+    slices: tuple[str, ...]
+    anchor: int
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        *,
+        temporal_padding: str = "replicate",
+        temporal_stride: int = 1,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size is {kernel_size}, it must be odd so that frames keep their size: pass 1, 3, …")
+        if temporal_padding not in ("replicate", "zeros"):
+            raise ValueError(f"temporal_padding is {temporal_padding!r}: pass 'replicate' or 'zeros'")
+        super().__init__(
+            in_channels,
+            out_channels,
+            (len(self.slices), kernel_size, kernel_size),
+            stride=(temporal_stride, 1, 1),
+            padding=(0, kernel_size // 2, kernel_size // 2),
+            bias=bias,
+            device=device,
+            dtype=dtype,
+        )
+        self.temporal_padding = temporal_padding
+        # Kernels by their number of taps, filled by `fuse` and left out of the state dict.
+        self.register_buffer("fused_3", None, persistent=False)
+        self.register_buffer("fused_2", None, persistent=False)
+
+    def plain_kernel(self) -> torch.Tensor:
+        """The kernel of the plain convolution that this layer equals, `(out, in, slices, k, k)`."""
+        return self.weight
+
+    def static_kernel(self) -> torch.Tensor:
+        """The single slice that serves where all frames are equal, `(out, in, 1, k, k)`."""
+        if self.temporal_padding == "zeros":
+            return self.plain_kernel()[:, :, self.anchor].unsqueeze(2)
+        return self.weight.sum(2, keepdim=True)
+
+    def taps_in_use(self) -> tuple[int, ...]:
+        """The numbers of taps of the kernels that a forward pass needs besides the static one."""
+        return (len(self.slices),)
+
+    def kernel(self, taps: int) -> torch.Tensor:
+        """The kernel with `taps` temporal taps; one that was fused is taken as it is when no gradient is asked for."""
+        if taps == 1:
+            return self.static_kernel()
+        fused = self.fused_3 if taps == 3 else self.fused_2
+        if fused is not None and not (torch.is_grad_enabled() and self.weight.requires_grad):
+            return fused
+        return self.fold(taps)
+
+    def fold(self, taps: int) -> torch.Tensor:
+        """Compute `kernel(taps)` from the slices. Differentiable."""
+        return self.plain_kernel()
+
+    def fuse(self) -> None:
+        """Fold once for inference. The slices stay: the state dict, and training, do not change."""
+        with torch.no_grad():
+            for taps in self.taps_in_use():
+                kernel = self.fold(taps).contiguous(memory_format=torch.channels_last_3d)
+                setattr(self, f"fused_{taps}", kernel)
+
+    def unfuse(self) -> None:
+        """Forget the folded kernels: they are computed from the slices at every call again."""
+        self.fused_3 = self.fused_2 = None
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self.unfuse()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def convolve(self, x: torch.Tensor, taps: int) -> torch.Tensor:
+        """Convolve without temporal padding: T frames in, `T - taps + 1` out (fewer with a temporal stride)."""
+        kernel = self.kernel(taps)
+        if taps == 1:
+            return per_frame(lambda frames: F.conv2d(frames, kernel.squeeze(2), self.bias, padding=self.padding[1:]), x)
+        return F.conv3d(x, kernel, self.bias, self.stride, self.padding)
+
+    def missing_past(self, x: torch.Tensor) -> torch.Tensor:
+        """The frame before the first one, `(B, C, 1, H, W)`."""
+        first = x[:, :, :1]
+        return first if self.temporal_padding == "replicate" else torch.zeros_like(first)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, slices={self.slices}, temporal_padding={self.temporal_padding}"
+
+
+class GroupCausalConv3d(TemporalConv3d):
+    """Group causal convolution (Eq. 2): a frame sees its neighbours in its group and the last frame of the group before.
+
+    Args:
+        group_size: frames a group. A chunk holds whole groups; a chunk of fewer frames than one group is one short group.
+        Others: see `TemporalConv3d`.
+    """
+
+    slices = ("past", "current", "future")
+    anchor = 1
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, *, group_size: int, **kwargs):
+        if group_size < 1:
+            raise ValueError(f"group_size is {group_size}, it must be at least 1: pass the frames of one group")
+        super().__init__(in_channels, out_channels, kernel_size, **kwargs)
+        self.group_size = group_size
+
+    def taps_in_use(self) -> tuple[int, ...]:
+        return (2,) if self.group_size == 1 else (3, 2)
+
+    def fold(self, taps: int) -> torch.Tensor:
+        if taps == 3:
+            return self.plain_kernel()
+        return self.last_frame_kernel()
+
+    def last_frame_kernel(self) -> torch.Tensor:
+        """The 2-tap kernel of a group's last frame, whose future is missing, `(out, in, 2, k, k)`."""
+        past, current, future = self.plain_kernel().unbind(2)
+        return torch.stack([past, current if self.temporal_padding == "zeros" else current + future], dim=2)
+
+    def forward(self, x: torch.Tensor, cache: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Convolve a chunk of whole groups.
+
+        Args:
+            x: `(B, C, T, H, W)`, T a multiple of `group_size`, or fewer frames than one group.
+            cache: the last frame of the chunk before, `(B, C, 1, H, W)`; None at the start.
+
+        Returns:
+            The output, `(B, C_out, T, H, W)`, and the cache for the next chunk.
+
+        Raises:
+            ValueError: if T is more than one group and not a multiple of `group_size`.
+        """
+        frames = x.shape[2]
+        group = min(self.group_size, frames)
+        if frames % group != 0:
+            raise ValueError(
+                f"x has {frames} frames, not a multiple of group_size {group}: pass whole groups (repeat the last frame)"
+            )
+        if frames == 1 and cache is None:
+            y = self.convolve(x, taps=1)
+        else:
+            past = self.missing_past(x) if cache is None else cache
+            y = self.convolve_groups(torch.cat([past, x], dim=2), group)
+        return y, x[:, :, -1:].clone()
+
+    def convolve_groups(self, x: torch.Tensor, group: int) -> torch.Tensor:
+        """Convolve `1 + n * group` frames, the first of which is the past of the first group, to `n * group` frames."""
+        if group == 1:
+            return self.convolve(x, taps=2)
+        batch, channels, frames, height, width = x.shape
+        windows = x.unfold(2, group + 1, group)  # (B, C, n, H, W, group + 1)
+        windows = windows.permute(0, 2, 5, 3, 4, 1).reshape(-1, group + 1, height, width, channels).movedim(-1, 1)
+        inner = self.convolve(windows, taps=3)  # (B * n, C_out, group - 1, H, W)
+        last = self.convolve(windows[:, :, -2:], taps=2)  # (B * n, C_out, 1, H, W)
+        y = torch.cat([inner, last], dim=2).movedim(1, -1)
+        return y.reshape(batch, frames - 1, height, width, self.out_channels).movedim(-1, 1)
+
+
+class GroupCausalTDC(GroupCausalConv3d):
+    """Group causal TDC (Eq. 5): `W_a*X_t + W_p*(X_{t-1} - X_t) + W_f*(X_{t+1} - X_t)`. Arguments of its plain twin."""
+
+    slices = ("past", "anchor", "future")
+
+    def plain_kernel(self) -> torch.Tensor:
+        return fold_tdc(self.weight, self.anchor)
+
+    def static_kernel(self) -> torch.Tensor:
+        return self.weight[:, :, 1:2] if self.temporal_padding == "replicate" else super().static_kernel()
+
+    def last_frame_kernel(self) -> torch.Tensor:
+        if self.temporal_padding == "zeros":
+            return super().last_frame_kernel()
+        return fold_tdc(self.weight[:, :, :2], anchor=1)  # X_{t+1} = X_t: W_f multiplies zero
+
+
+class CausalConv3d(TemporalConv3d):
+    """Causal convolution (Eq. 1): a frame sees itself and the two before it. Arguments: see `TemporalConv3d`."""
+
+    slices = ("t-2", "t-1", "current")
+    anchor = 2
+
+    def forward(self, x: torch.Tensor, cache: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Convolve a chunk of any length.
+
+        Args:
+            x: `(B, C, T, H, W)`.
+            cache: the last two frames seen, `(B, C, 2, H, W)`; None at the start.
+
+        Returns:
+            The output, `(B, C_out, T, H, W)`, and the cache for the next chunk.
+        """
+        past = torch.cat([self.missing_past(x)] * 2, dim=2) if cache is None else cache
+        extended = torch.cat([past, x], dim=2)
+        static = x.shape[2] == 1 and cache is None
+        y = self.convolve(x, taps=1) if static else self.convolve(extended, taps=3)
+        return y, extended[:, :, -2:].clone()
+
+
+class CausalTDC(CausalConv3d):
+    """Causal TDC (Eq. 7): `W_t*X_t + W_{t-1}*(X_{t-1} - X_t) + W_{t-2}*(X_{t-2} - X_t)`. Arguments of its plain twin."""
+
+    slices = ("t-2", "t-1", "anchor")
+
+    def plain_kernel(self) -> torch.Tensor:
+        return fold_tdc(self.weight, self.anchor)
+
+    def static_kernel(self) -> torch.Tensor:
+        return self.weight[:, :, 2:] if self.temporal_padding == "replicate" else super().static_kernel()
+
+
+class TemporalInteractionConv3d(TemporalConv3d):
+    """Temporal downsampling by a plain convolution over pairs of frames, kernel 2, stride 2 (Sec. 3.2).
+
+    Pairs never cross a chunk, so that there is no cache. Arguments: see `TemporalConv3d`.
+    """
+
+    slices = ("past", "current")
+    anchor = 1
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 1, **kwargs):
+        super().__init__(in_channels, out_channels, kernel_size, temporal_stride=2, **kwargs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map `(B, C, T, H, W)`, T even, to `(B, C_out, T / 2, H, W)`.
+
+        A single frame is its own past and gives one frame.
+
+        Raises:
+            ValueError: if T is odd and not 1.
+        """
+        if x.shape[2] == 1:
+            return self.convolve(x, taps=1)
+        if x.shape[2] % 2 != 0:
+            raise ValueError(f"x has {x.shape[2]} frames, it must be an even number (or 1): repeat the last frame")
+        return self.convolve(x, taps=2)
+
+
+class TemporalInteractionTDC(TemporalInteractionConv3d):
+    """Temporal interaction TDC (Eq. 6): `W_a*X_a + W_p*(X_p - X_a)`, the later frame of a pair being the anchor."""
+
+    slices = ("past", "anchor")
+
+    def plain_kernel(self) -> torch.Tensor:
+        return fold_tdc(self.weight, self.anchor)
+
+    def static_kernel(self) -> torch.Tensor:
+        return self.weight[:, :, 1:] if self.temporal_padding == "replicate" else super().static_kernel()
+
+
+_TDC_OF = {
+    GroupCausalConv3d: GroupCausalTDC,
+    CausalConv3d: CausalTDC,
+    TemporalInteractionConv3d: TemporalInteractionTDC,
+}
+_CONV_OF = {tdc: conv for conv, tdc in _TDC_OF.items()}
+
+
+def _twin(layer: TemporalConv3d, twin_class: type[TemporalConv3d], weight: torch.Tensor) -> TemporalConv3d:
+    """Build a layer of another class with the same settings, the given weight and a copy of the bias."""
+    settings = {"group_size": layer.group_size} if isinstance(layer, GroupCausalConv3d) else {}
+    twin = twin_class(
+        layer.in_channels,
+        layer.out_channels,
+        layer.kernel_size[1],
+        temporal_padding=layer.temporal_padding,
+        bias=layer.bias is not None,
+        device=weight.device,
+        dtype=weight.dtype,
+        **settings,
+    )
+    with torch.no_grad():
+        twin.weight.copy_(weight)
+        if layer.bias is not None:
+            twin.bias.copy_(layer.bias)
+    return twin.train(layer.training)
+
+
+def to_tdc(conv: TemporalConv3d) -> TemporalConv3d:
+    """Return the TDC layer that computes what a trained plain layer computes. The layer given is left alone.
+
+    Raises:
+        ValueError: if `conv` is not one of the plain operators of this module.
+    """
+    if type(conv) not in _TDC_OF:
+        names = ", ".join(c.__name__ for c in _TDC_OF)
+        raise ValueError(f"conv is a {type(conv).__name__}, it must be one of {names}; `apply_tdc` takes any model")
+    return _twin(conv, _TDC_OF[type(conv)], unfold_tdc(conv.weight.detach(), conv.anchor))
+
+
+def to_conv(tdc: TemporalConv3d) -> TemporalConv3d:
+    """Return the plain layer that computes what a TDC layer computes: the inverse of `to_tdc`.
+
+    Raises:
+        ValueError: if `tdc` is not one of the TDC operators of this module.
+    """
+    if type(tdc) not in _CONV_OF:
+        names = ", ".join(c.__name__ for c in _CONV_OF)
+        raise ValueError(f"tdc is a {type(tdc).__name__}, it must be one of {names}; `remove_tdc` takes any model")
+    return _twin(tdc, _CONV_OF[type(tdc)], tdc.plain_kernel().detach())
+
+
+class TDCParametrization(nn.Module):
+    """Makes a foreign `nn.Conv3d` learn TDC slices: its `weight` becomes `fold_tdc(slices)` (torch parametrization)."""
+
+    def __init__(self, anchor: int):
+        super().__init__()
+        self.anchor = anchor
+
+    def forward(self, slices: torch.Tensor) -> torch.Tensor:
+        return fold_tdc(slices, self.anchor)
+
+    def right_inverse(self, kernel: torch.Tensor) -> torch.Tensor:
+        return unfold_tdc(kernel, self.anchor)
+
+
+def apply_tdc(module: nn.Module, causality: str = "causal") -> list[str]:
+    """Turn the temporal convolutions of any model into TDC, in place and with equal outputs.
+
+    Plain operators of this module are replaced by their TDC twins. Any other `nn.Conv3d` with two or more temporal taps
+    keeps its class and gets a `TDCParametrization`: the trained parameter is then `parametrizations.weight.original`, the
+    slices. Optimizers must be created afterwards.
+
+    Args:
+        module: a model, for example diffusers' `AutoencoderKLWan`.
+        causality: where the anchor of a foreign kernel is: its last tap (`"causal"`) or its middle one (`"group"`).
+
+    Returns:
+        The names of the converted layers.
+
+    Raises:
+        ValueError: for an unknown `causality`, or if there is nothing to convert.
+    """
+    if causality not in ("causal", "group"):
+        raise ValueError(f"causality is {causality!r}: pass 'causal' or 'group'")
+    converted = []
+    for name, layer in list(module.named_modules()):
+        if type(layer) in _TDC_OF:
+            _replace(module, name, to_tdc(layer))
+        elif isinstance(layer, nn.Conv3d) and not isinstance(layer, TemporalConv3d) and layer.kernel_size[0] > 1:
+            if parametrize.is_parametrized(layer, "weight"):
+                continue
+            taps = layer.kernel_size[0]
+            anchor = taps // 2 if causality == "group" else taps - 1
+            parametrize.register_parametrization(layer, "weight", TDCParametrization(anchor))
+        else:
+            continue
+        converted.append(name)
+    if not converted:
+        raise ValueError(f"module is a {type(module).__name__} without a plain temporal convolution: nothing to convert")
+    return converted
+
+
+def remove_tdc(module: nn.Module) -> list[str]:
+    """Undo `apply_tdc` in place, keeping what was learned: every layer holds its plain kernel again.
+
+    Returns:
+        The names of the converted layers.
+    """
+    converted = []
+    for name, layer in list(module.named_modules()):
+        if type(layer) in _CONV_OF:
+            _replace(module, name, to_conv(layer))
+        elif isinstance(layer, nn.Conv3d) and parametrize.is_parametrized(layer, "weight"):
+            if not any(isinstance(p, TDCParametrization) for p in layer.parametrizations.weight):
+                continue
+            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+        else:
+            continue
+        converted.append(name)
+    return converted
+
+
+def _replace(root: nn.Module, name: str, layer: nn.Module) -> None:
+    if not name:
+        raise ValueError("module is itself a temporal operator: use `to_tdc` or `to_conv`, which return a new layer")
+    parent, _, child = name.rpartition(".")
+    setattr(root.get_submodule(parent), child, layer)

@@ -1,0 +1,95 @@
+"""Geometry of overlapping spatial tiles and their linear blending. Not in the paper."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One tile of a grid: its cells, and its blending weights along each axis (all ones inside, ramps where it overlaps)."""
+
+    rows: slice
+    columns: slice
+    row_weights: torch.Tensor
+    column_weights: torch.Tensor
+
+
+@dataclass(frozen=True)
+class TileGrid:
+    """Overlapping tiles, counted in latent cells.
+
+    Args:
+        height, width: size of a tile.
+        stride_height, stride_width: distance between the origins of neighbouring tiles; the rest overlaps and is blended.
+    """
+
+    height: int
+    width: int
+    stride_height: int
+    stride_width: int
+
+    @classmethod
+    def from_pixels(cls, height: int, width: int, stride_height: int, stride_width: int, ratio: int) -> "TileGrid":
+        """Check a geometry given in pixels and convert it to cells of `ratio` pixels.
+
+        Raises:
+            ValueError: unless all are positive multiples of `ratio` and a stride is at most its tile.
+        """
+        geometry = {
+            "tile_sample_min_height": height,
+            "tile_sample_min_width": width,
+            "tile_sample_stride_height": stride_height,
+            "tile_sample_stride_width": stride_width,
+        }
+        for name, value in geometry.items():
+            if value < ratio or value % ratio != 0:
+                nearest = max(ratio, round(value / ratio) * ratio)
+                raise ValueError(
+                    f"{name} is {value}, it must be a positive multiple of the spatial compression {ratio}: pass {nearest}"
+                )
+        for axis, tile, stride in (("height", height, stride_height), ("width", width, stride_width)):
+            if stride > tile:
+                raise ValueError(
+                    f"tile_sample_stride_{axis} is {stride}, larger than tile_sample_min_{axis} {tile}, which would leave "
+                    f"gaps: pass at most {tile}, less for blending"
+                )
+        return cls(*(value // ratio for value in geometry.values()))
+
+    def covers(self, height: int, width: int) -> bool:
+        """Whether one tile holds `height` x `width` cells, so that nothing is to be cut."""
+        return height <= self.height and width <= self.width
+
+    def tiles(self, height: int, width: int, scale: int) -> Iterator[Tile]:
+        """Cut `height` x `width` cells; weights are for output at `scale` pixels a cell and sum to 1 at every pixel."""
+        rows = _spans(height, self.height, self.stride_height)
+        columns = _spans(width, self.width, self.stride_width)
+        row_weights, column_weights = _blending_weights(rows, scale), _blending_weights(columns, scale)
+        for row, row_weight in zip(rows, row_weights, strict=True):
+            for column, column_weight in zip(columns, column_weights, strict=True):
+                yield Tile(slice(*row), slice(*column), row_weight, column_weight)
+
+
+def _spans(length: int, tile: int, stride: int) -> list[tuple[int, int]]:
+    """Equal spans of `tile` that cover `length`; the last is moved back to end at the border instead of being cut."""
+    if length <= tile:
+        return [(0, length)]
+    starts = [*range(0, length - tile, stride), length - tile]
+    return [(start, start + tile) for start in starts]
+
+
+def _blending_weights(spans: list[tuple[int, int]], scale: int) -> list[torch.Tensor]:
+    """Linear ramps over the overlap with each neighbour, normalised where more than two spans meet."""
+    weights = []
+    for i, (start, stop) in enumerate(spans):
+        weight = torch.ones((stop - start) * scale)
+        if i > 0 and (overlap := (spans[i - 1][1] - start) * scale) > 0:
+            weight[:overlap] *= (torch.arange(overlap) + 0.5) / overlap
+        if i + 1 < len(spans) and (overlap := (stop - spans[i + 1][0]) * scale) > 0:
+            weight[-overlap:] *= ((torch.arange(overlap) + 0.5) / overlap).flip(0)
+        weights.append(weight)
+    total = torch.zeros(spans[-1][1] * scale)
+    for (start, stop), weight in zip(spans, weights, strict=True):
+        total[start * scale : stop * scale] += weight
+    return [weight / total[start * scale : stop * scale] for (start, stop), weight in zip(spans, weights, strict=True)]
