@@ -254,7 +254,7 @@ def test_save_and_load_keep_weights_positions_and_frozen_parameters(tmp_path):
         assert torch.equal(loaded(latents(), 5).sample, model(latents(), 5).sample)
     assert not loaded.pos_embed.requires_grad
     assert not loaded.temp_embed.requires_grad
-    half = LatteAdaLNTransformer3DModel.from_pretrained(tmp_path, variant="fp32", torch_dtype=torch.bfloat16)
+    half = LatteAdaLNTransformer3DModel.from_pretrained(tmp_path, variant="fp32", dtype=torch.bfloat16)
     with torch.no_grad():
         difference = half(latents().bfloat16(), 5).sample.float() - model(latents(), 5).sample
     assert half.dtype == torch.bfloat16
