@@ -283,6 +283,8 @@ def test_wrong_inputs_are_refused_with_a_remedy():
         model(latents(), 0, class_labels=torch.tensor([0, 0]))
     with pytest.raises(ValueError, match="needs labels"):
         LatteAdaLNTransformer3DModel(**TINY, num_classes=2)(latents(), 0)
+    with pytest.raises(ValueError, match=r"shape \(1,\) for 2 samples"):
+        LatteAdaLNTransformer3DModel(**TINY, num_classes=2)(latents(), 0, class_labels=torch.tensor([1]))
     for config, message in [
         ({"num_layers": 3}, "must be even"),
         ({"attention_head_dim": 7}, "must divide by 4"),

@@ -32,9 +32,7 @@ def latte_size_config(size: str) -> dict[str, int]:
     """
     name, separator, patch = size.partition("/")
     if name not in LATTE_SIZES or not separator or not patch.isdigit() or int(patch) < 1:
-        raise ValueError(
-            f"size is {size!r}; it must be one of {sorted(LATTE_SIZES)}, a slash and a patch size: 'XL/2'."
-        )
+        raise ValueError(f"size is {size!r}; it must be one of {sorted(LATTE_SIZES)}, a slash and a patch size: 'XL/2'.")
     num_layers, width, num_heads = LATTE_SIZES[name]
     return {
         "num_layers": num_layers,
@@ -344,6 +342,11 @@ class LatteAdaLNTransformer3DModel(ModelMixin, ConfigMixin):
             raise ValueError(
                 f"class_labels is {class_labels!r} and num_classes is {self.config.num_classes}: a class-conditional"
                 " model needs labels (num_classes means 'no class'), an unconditional one takes none."
+            )
+        if class_labels is not None and class_labels.shape != hidden_states.shape[:1]:
+            raise ValueError(
+                f"class_labels has shape {tuple(class_labels.shape)} for {hidden_states.shape[0]} samples; pass one"
+                " integer for each."
             )
 
 
