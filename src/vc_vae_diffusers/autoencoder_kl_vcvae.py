@@ -4,6 +4,9 @@ The network is in `blocks.py`, its temporal operators in `tdc.py`. Here is the m
 streams and tiles. Whole clips are chunked ones, so that results do not depend on how a video is cut.
 """
 
+import functools
+import inspect
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -20,7 +23,9 @@ from torch import nn
 from .blocks import Cache, Decoder, Encoder, TemporalDesign
 from .image_vae import HUB_OPTIONS, inflate, read_image_vae
 from .tdc import TemporalConv3d, per_frame
-from .tiling import TileGrid
+from .tiling import BlendedFrameBuffer, FrameBuffer, TileGrid, scaled
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -176,10 +181,19 @@ class AutoencoderKLVCVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
                 `token`, `revision`, `variant`, `cache_dir`, `local_files_only` for the hub.
 
         Raises:
-            ValueError: if keys are missing or left over, naming them.
+            ValueError: if keys are missing or left over, naming them, or for a setting that does not exist.
             OSError: if the source cannot be read; for a gated repository it says how to get access.
         """
-        image_vae = read_image_vae(source, subfolder=subfolder, **{k: config.pop(k) for k in HUB_OPTIONS if k in config})
+        hub_options = {k: config.pop(k) for k in HUB_OPTIONS if k in config}
+        unknown = sorted(set(config) - (set(inspect.signature(cls.__init__).parameters) - {"self"}))
+        if unknown:
+            raise ValueError(
+                f"config has {', '.join(unknown)}, which {cls.__name__} does not know: check the spelling (for another "
+                "dtype or device call .to(…) on the result)"
+            )
+        image_vae = read_image_vae(source, subfolder=subfolder, **hub_options)
+        for assumption in image_vae.assumptions:
+            logger.warning("%s: %s", image_vae.source, assumption)
         vae = cls.from_config({**image_vae.video_config(), **config})
         inflate(vae, image_vae)
         return vae.eval()
@@ -206,30 +220,35 @@ class AutoencoderKLVCVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         repeated = (x[:, :, :1] if front else x[:, :, -1:]).expand(-1, -1, missing, -1, -1)
         return torch.cat([repeated, x] if front else [x, repeated], dim=2)
 
-    def _chunks(self, frames: int, group: int, start: bool) -> list[int]:
-        """Sizes of the chunks in which `frames`, whole groups of `group`, go through the network."""
+    def _chunks(self, network: Encoder | Decoder, x: torch.Tensor, frames: int, group: int, start: bool) -> list[int]:
+        """Sizes of the chunks in which `frames` frames made of x, whole groups of `group`, go through the network."""
         sizes = []
         if start and self.config.first_frame == "separate":
             sizes.append(1)
             frames -= 1
         # With gradients all activations are kept anyway, and one chunk is fastest; checkpointing keeps few of them.
-        keeps_all = torch.is_grad_enabled() and not self.encoder.gradient_checkpointing
+        keeps_all = (
+            torch.is_grad_enabled()
+            and not network.gradient_checkpointing
+            and (x.requires_grad or any(parameter.requires_grad for parameter in network.parameters()))
+        )
         size = max(frames, 1) if keeps_all else group * self.groups_per_chunk
         return sizes + [min(size, frames - done) for done in range(0, frames, size)]
 
     def _check_video(self, x: torch.Tensor, name: str, channels: int, multiple: int) -> None:
         if x.ndim != 5:
             raise ValueError(
-                f"{name} has shape {tuple(x.shape)}, it must be (batch, channels, frames, height, width): add the frame axis "
-                "of an image with .unsqueeze(2)"
+                f"{name} has shape {tuple(x.shape)}, it must be (batch, channels, frames, height, width): add the frame "
+                "axis of an image with .unsqueeze(2)"
             )
         if x.shape[1] != channels:
             raise ValueError(
                 f"{name} has shape {tuple(x.shape)} and so {x.shape[1]} channels, the model takes {channels}: the order is "
                 "(batch, channels, frames, height, width)"
             )
-        if x.shape[2] == 0:
-            raise ValueError(f"{name} has no frames, shape {tuple(x.shape)}: pass at least one")
+        for axis, size in (("clips", x.shape[0]), ("frames", x.shape[2])):
+            if size == 0:
+                raise ValueError(f"{name} has no {axis}, shape {tuple(x.shape)}: pass at least one")
         for axis, size in (("height", x.shape[3]), ("width", x.shape[4])):
             if size == 0 or size % multiple != 0:
                 raise ValueError(
@@ -239,69 +258,79 @@ class AutoencoderKLVCVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     # Whole groups through the network ----------------------------------------------------------------------------------
 
-    def _encode_groups(self, x: torch.Tensor, cache: Cache) -> tuple[torch.Tensor, Cache]:
-        """Encode whole groups (or one static frame), chunk by chunk, at one spatial extent."""
-        sizes = self._chunks(x.shape[2], self.temporal_compression_ratio, start=cache is None)
-        parts = _Frames(sum(-(-size // self.temporal_compression_ratio) for size in sizes))
-        for chunk in x.split(sizes, dim=2):
+    def _encode_groups(self, x: torch.Tensor, cache: Cache, parts: FrameBuffer, missing: int = 0) -> Cache:
+        """Encode x, with `missing` frames repeated to make whole groups, chunk by chunk into `parts`, at one extent."""
+        front = missing if self._front_padded else 0
+        frames, done = x.shape[2] + missing, -front
+        for size in self._chunks(self.encoder, x, frames, self.temporal_compression_ratio, start=cache is None):
+            chunk = x[:, :, max(done, 0) : done + size]
+            chunk = self._pad(chunk, size - chunk.shape[2], front=front > 0)
             moments, cache = self.encoder(chunk.contiguous(memory_format=torch.channels_last_3d), cache)
             if self.quant_conv is not None:
                 moments = per_frame(self.quant_conv, moments)
             parts.append(moments)
-        return parts.joined(), cache
+            done += size
+        return cache
 
-    def _decode_groups(self, z: torch.Tensor, cache: Cache) -> tuple[torch.Tensor, Cache]:
-        """Decode latent frames, chunk by chunk, at one spatial extent."""
+    def _decode_groups(self, z: torch.Tensor, cache: Cache, parts: FrameBuffer) -> Cache:
+        """Decode latent frames, chunk by chunk into `parts`, at one spatial extent."""
         alone = cache is None and self.config.first_frame == "separate"
-        sizes = self._chunks(z.shape[2], 1, start=cache is None)
-        parts = _Frames((z.shape[2] - alone) * self.temporal_compression_ratio + alone)
-        for chunk in z.split(sizes, dim=2):
+        for chunk in z.split(self._chunks(self.decoder, z, z.shape[2], 1, start=cache is None), dim=2):
             if self.post_quant_conv is not None:
                 chunk = per_frame(self.post_quant_conv, chunk)
             chunk = chunk.contiguous(memory_format=torch.channels_last_3d)
             frames, cache = self.decoder(chunk, cache, first_frame_alone=alone)
             alone = False
             parts.append(frames)
-        return parts.joined(), cache
+        return cache
 
     def _tiled(
-        self, run: Callable, x: torch.Tensor, caches: Cache, cell_in: int, cell_out: int
-    ) -> tuple[torch.Tensor, Cache]:
-        """Apply `run(tile, cache)` to overlapping tiles and blend; cells are `cell_in` pixels before, `cell_out` after."""
-        height, width = x.shape[3] // cell_in, x.shape[4] // cell_in
-        tiles = list(self.tile_grid.tiles(height, width, cell_out))
-        states, blended = [], None
+        self, run: Callable, x: torch.Tensor, caches: Cache, parts: FrameBuffer, cell_in: int, keep_cache: bool
+    ) -> Cache:
+        """Apply `run(tile, cache, parts)` to overlapping tiles, which blend in `parts`; cells are `cell_in` pixels of x."""
+        tiles = list(self.tile_grid.tiles(x.shape[3] // cell_in, x.shape[4] // cell_in, parts.scale))
+        states = []
         for tile, cache in zip(tiles, caches or (None,) * len(tiles), strict=True):
-            rows, columns = _scaled(tile.rows, cell_in), _scaled(tile.columns, cell_in)
-            y, state = run(x[..., rows, columns], cache)
-            if blended is None:
-                blended = y.new_zeros(*y.shape[:3], height * cell_out, width * cell_out)
-            weight = tile.row_weights[:, None] * tile.column_weights
-            blended[..., _scaled(tile.rows, cell_out), _scaled(tile.columns, cell_out)] += y * weight.to(y)
-            states.append(state)
-        return blended, tuple(states)
+            parts.start(tile)
+            state = run(x[..., scaled(tile.rows, cell_in), scaled(tile.columns, cell_in)], cache, parts)
+            states.append(state if keep_cache else None)
+        return tuple(states)
 
-    def _encode_region(self, x: torch.Tensor, cache: Cache, tiled: bool, keep_cache: bool) -> tuple[torch.Tensor, Cache]:
+    def _encode_region(
+        self, x: torch.Tensor, cache: Cache, tiled: bool, keep_cache: bool, missing: int = 0
+    ) -> tuple[torch.Tensor, Cache]:
         ratio = self.spatial_compression_ratio
-        if not tiled or self.tile_grid.covers(x.shape[3] // ratio, x.shape[4] // ratio):
-            return self._encode_groups(x, cache)
-        run = self._encode_groups if keep_cache else lambda tile, _: (self._encode_groups(tile, None)[0], None)
-        return self._tiled(run, x, cache, ratio, 1)
+        cells = (x.shape[3] // ratio, x.shape[4] // ratio)
+        total = -(-(x.shape[2] + missing) // self.temporal_compression_ratio)
+        if not tiled or self.tile_grid.covers(*cells):
+            parts = FrameBuffer(total)
+            cache = self._encode_groups(x, cache, parts, missing)
+        else:
+            parts = BlendedFrameBuffer(total, *cells, scale=1)
+            run = functools.partial(self._encode_groups, missing=missing)
+            cache = self._tiled(run, x, cache, parts, ratio, keep_cache)
+        return parts.buffer, cache
 
     def _decode_region(self, z: torch.Tensor, cache: Cache, tiled: bool, keep_cache: bool) -> tuple[torch.Tensor, Cache]:
-        if not tiled or self.tile_grid.covers(z.shape[3], z.shape[4]):
-            return self._decode_groups(z, cache)
-        run = self._decode_groups if keep_cache else lambda tile, _: (self._decode_groups(tile, None)[0], None)
-        return self._tiled(run, z, cache, 1, self.spatial_compression_ratio)
+        cells = z.shape[3:]
+        alone = 1 if cache is None and self.config.first_frame == "separate" else 0
+        total = (z.shape[2] - alone) * self.temporal_compression_ratio + alone
+        if not tiled or self.tile_grid.covers(*cells):
+            parts = FrameBuffer(total)
+            cache = self._decode_groups(z, cache, parts)
+        else:
+            parts = BlendedFrameBuffer(total, *cells, scale=self.spatial_compression_ratio)
+            cache = self._tiled(self._decode_groups, z, cache, parts, 1, keep_cache)
+        return parts.buffer, cache
 
     # Whole clips -------------------------------------------------------------------------------------------------------
 
     def _encode(self, x: torch.Tensor) -> torch.Tensor:
         """Encode a clip to moments, `(B, 2 * latent_channels, ceil(T / r_t), H / r_s, W / r_s)`."""
         self._check_video(x, "x", self.config.in_channels, self.spatial_compression_ratio)
-        if x.shape[2] > 1 or not self._static_images:
-            x = self._pad(x, self._missing_frames(x.shape[2]), front=self._front_padded)
-        return self._encode_region(x, None, self.use_tiling, keep_cache=False)[0]
+        static = x.shape[2] == 1 and self._static_images
+        missing = 0 if static else self._missing_frames(x.shape[2])
+        return self._encode_region(x, None, self.use_tiling, keep_cache=False, missing=missing)[0]
 
     def _decode(self, z: torch.Tensor, num_frames: int | None = None) -> torch.Tensor:
         """Decode latents to frames, all of them or `num_frames`."""
@@ -312,9 +341,12 @@ class AutoencoderKLVCVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     def _kept_frames(self, total: int, num_frames: int | None) -> tuple[int, int]:
         """How many of `total` decoded frames are dropped at the start, and how many are kept then."""
-        if num_frames is not None and not 1 <= num_frames <= total:
+        # How often "4k+1" repeated the first frame follows from the clip's own length: another one would cut real frames.
+        fewest = total - self.temporal_compression_ratio + 1 if self._front_padded else 1
+        if num_frames is not None and not fewest <= num_frames <= total:
             raise ValueError(
-                f"num_frames is {num_frames}, the latents hold {total} frames: pass 1 to {total}, or None for all"
+                f"num_frames is {num_frames}, the latents are of a clip of {fewest} to {total} frames: pass its own length, "
+                "or None for all"
             )
         if not self._front_padded:
             return 0, total if num_frames is None else num_frames
@@ -402,10 +434,9 @@ class AutoencoderKLVCVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             ValueError: for a wrong shape, or frames that do not make whole groups.
         """
         self._check_video(frames, "frames", self.config.in_channels, self.spatial_compression_ratio)
-        if cache is None and self._front_padded:
-            frames = self._pad(frames, self._missing_frames(frames.shape[2]), front=True)
-        self._check_groups(frames.shape[2], start=cache is None)
-        return self._encode_region(frames, cache, self.use_tiling, keep_cache=True)
+        missing = self._missing_frames(frames.shape[2]) if cache is None and self._front_padded else 0
+        self._check_groups(frames.shape[2] + missing, start=cache is None)
+        return self._encode_region(frames, cache, self.use_tiling, keep_cache=True, missing=missing)
 
     def _check_groups(self, num_frames: int, start: bool) -> None:
         alone = 1 if start and self.config.first_frame == "separate" else 0
@@ -457,14 +488,19 @@ class AutoencoderKLVCVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         ratio, seen, cache = self.temporal_compression_ratio, 0, None
         pending: torch.Tensor | None = None
         for chunk in frames:
+            if chunk.ndim == 5 and chunk.shape[2] == 0:
+                continue
+            self._check_video(chunk, "frames", self.config.in_channels, self.spatial_compression_ratio)
             seen += chunk.shape[2]
             if pending is None and self._front_padded:
                 chunk = self._pad(chunk, ratio - 1 if num_frames is None else self._missing_frames(num_frames), front=True)
             pending = chunk if pending is None else torch.cat([pending, chunk], dim=2)
-            while (ready := self._frames_ready(pending.shape[2], start=cache is None)) > 0:
-                moments, cache = self._next_groups(pending[:, :, :ready], cache)
+            done = 0
+            while (ready := self._frames_ready(pending.shape[2] - done, start=cache is None)) > 0:
+                moments, cache = self._next_groups(pending[:, :, done : done + ready], cache)
+                done += ready
                 yield DiagonalGaussianDistribution(moments)
-                pending = pending[:, :, ready:].clone()
+            pending = pending[:, :, done:].clone()
         if seen == 0:
             raise ValueError("frames is an empty stream: pass at least one frame")
         if num_frames is not None and seen != num_frames:
@@ -487,7 +523,6 @@ class AutoencoderKLVCVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     @apply_forward_hook
     def _next_groups(self, frames: torch.Tensor, cache: Cache) -> tuple[torch.Tensor, Cache]:
-        self._check_video(frames, "frames", self.config.in_channels, self.spatial_compression_ratio)
         return self._encode_region(frames, cache, self.use_tiling, keep_cache=True)
 
     def decode_stream(self, latents: Iterable[torch.Tensor], num_frames: int | None = None) -> Iterator[torch.Tensor]:
@@ -503,10 +538,19 @@ class AutoencoderKLVCVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         Raises:
             ValueError: for an empty stream, a wrong shape, or fewer frames than `num_frames`.
         """
+        if num_frames is not None and num_frames < 1:
+            raise ValueError(
+                f"num_frames is {num_frames}, it must be at least 1: pass the length of the clip, or None for all"
+            )
         cache, given = None, 0
         for chunk in latents:
+            if chunk.ndim == 5 and chunk.shape[2] == 0:
+                continue
             self._check_video(chunk, "latents", self.config.latent_channels, 1)
             for part in chunk.split(self.groups_per_chunk, dim=2):
+                if given == num_frames:
+                    self._check_nothing_follows(num_frames)
+                    return
                 start = cache is None
                 frames, cache = self._next_frames(part, cache)
                 if start and self._front_padded:
@@ -521,6 +565,13 @@ class AutoencoderKLVCVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             raise ValueError("latents is an empty stream: pass at least one latent frame")
         if num_frames is not None and given < num_frames:
             raise ValueError(f"num_frames is {num_frames}, the stream of latents held {given} frames: pass at most that")
+
+    def _check_nothing_follows(self, num_frames: int) -> None:
+        if self._front_padded:
+            raise ValueError(
+                f"num_frames is {num_frames}, the stream holds latents of a longer clip, whose first frame frame_convention "
+                "'4k+1' repeated another number of times: pass its own length, or None for all"
+            )
 
     @apply_forward_hook
     def _next_frames(self, latents: torch.Tensor, cache: Cache) -> tuple[torch.Tensor, Cache]:
@@ -559,6 +610,7 @@ class AutoencoderKLVCVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         self.tile_grid = TileGrid.from_pixels(height, width, stride_height, stride_width, ratio)
         self.use_tiling = True
 
+    @apply_forward_hook
     @torch.no_grad()
     def tiling_error(self, video: torch.Tensor) -> dict[str, float]:
         """How far the tiled result is from the whole one, with the geometry of `enable_tiling`.
@@ -571,9 +623,9 @@ class AutoencoderKLVCVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             standard deviation of the whole ones; `sample_max` and `sample_psnr` (dB, peak-to-peak 2) of the decoded frames.
         """
         self._check_video(video, "video", self.config.in_channels, self.spatial_compression_ratio)
-        video = self._pad(video, self._missing_frames(video.shape[2]), front=self._front_padded)
+        missing = self._missing_frames(video.shape[2])
         whole, tiled = (
-            self._encode_region(video, None, tiling, keep_cache=False)[0].chunk(2, dim=1)[0] for tiling in (False, True)
+            self._encode_region(video, None, tiling, False, missing)[0].chunk(2, dim=1)[0] for tiling in (False, True)
         )
         frames, tiled_frames = (self._decode_region(whole, None, tiling, keep_cache=False)[0] for tiling in (False, True))
         latent_error = (tiled - whole).float() / whole.float().std()
@@ -603,26 +655,3 @@ class AutoencoderKLVCVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         if mode:
             self.unfuse_tdc()
         return super().train(mode)
-
-
-class _Frames:
-    """Parts of a clip, joined along time in a buffer made once, so that no list of parts lives beside the result."""
-
-    def __init__(self, total: int):
-        self.total, self.filled, self.buffer = total, 0, None
-
-    def append(self, part: torch.Tensor) -> None:
-        if self.buffer is None and part.shape[2] == self.total:
-            self.buffer = part.contiguous()
-            return
-        if self.buffer is None:
-            self.buffer = part.new_empty(*part.shape[:2], self.total, *part.shape[3:])
-        self.buffer[:, :, self.filled : self.filled + part.shape[2]] = part
-        self.filled += part.shape[2]
-
-    def joined(self) -> torch.Tensor:
-        return self.buffer
-
-
-def _scaled(cells: slice, size: int) -> slice:
-    return slice(cells.start * size, cells.stop * size)

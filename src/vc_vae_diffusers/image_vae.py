@@ -5,8 +5,8 @@
 a fresh video VAE select and broadcast keyframes.
 """
 
+import inspect
 import json
-import logging
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +14,11 @@ from pathlib import Path
 import huggingface_hub
 import torch
 from diffusers import AutoencoderKL
-from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
-from safetensors.torch import load_file
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .tdc import TemporalConv3d
-
-logger = logging.getLogger(__name__)
 
 HUB_OPTIONS = ("token", "revision", "variant", "cache_dir", "local_files_only")
 WEIGHTS_NAME = "diffusion_pytorch_model"
@@ -63,8 +61,9 @@ class ImageVAE:
     assumptions: list[str] = field(default_factory=list)
 
     def video_config(self) -> dict:
-        """The part of the configuration that a video VAE shares."""
-        return {name: self.config[name] for name in _SHARED_CONFIG if name in self.config}
+        """The part of the configuration that a video VAE shares; what it does not name has `AutoencoderKL`'s defaults."""
+        defaults = {name: p.default for name, p in inspect.signature(AutoencoderKL.__init__).parameters.items()}
+        return {name: self.config.get(name, defaults[name]) for name in _SHARED_CONFIG}
 
     def build(self) -> AutoencoderKL:
         """The image VAE itself, in eval mode."""
@@ -112,12 +111,11 @@ def read_image_vae(source: str | Path, subfolder: str | None = None, **hub_optio
             f"source is {weights_file}, only safetensors files are read: convert it first, for example with "
             "safetensors.torch.save_file(torch.load(path, weights_only=True), …)"
         )
-    state = _to_diffusers_layout(_strip_prefix(load_file(weights_file)), str(weights_file))
+    state = _to_diffusers_layout(_load_vae(weights_file), str(weights_file))
     assumptions: list[str] = []
-    if config_file is not None:
-        config = {k: v for k, v in json.loads(config_file.read_text()).items() if not k.startswith("_")}
-    else:
-        config = _guess_config(state, assumptions)
+    config = _guess_config(state, str(weights_file), assumptions) if config_file is None else _read_config(config_file)
+    if config.get("latents_mean") is not None or config.get("latents_std") is not None:
+        assumptions.append("its latents_mean and latents_std are left out, they mean something else for video: pass them")
     _check_keys(state, config, str(weights_file))
     return ImageVAE(config, state, str(source), assumptions)
 
@@ -131,27 +129,37 @@ def _locate(source: str, subfolder: str | None, hub_options: dict) -> tuple[Path
     variant = hub_options.get("variant")
     weights_name = f"{WEIGHTS_NAME}.{variant}.safetensors" if variant else f"{WEIGHTS_NAME}.safetensors"
     folders = (subfolder,) if subfolder is not None else ("", "vae")
+    unreachable: list[str] = []
     for folder in folders:
-        config_file = _fetch(source, f"{folder}/config.json".lstrip("/"), hub_options)
+        config_file = _fetch(source, f"{folder}/config.json".lstrip("/"), hub_options, unreachable)
         if config_file is not None and "block_out_channels" in json.loads(config_file.read_text()):
-            weights_file = _fetch(source, f"{folder}/{weights_name}".lstrip("/"), hub_options)
-            if weights_file is None:
+            weights_file = _fetch(source, f"{folder}/{weights_name}".lstrip("/"), hub_options, unreachable)
+            if weights_file is None and not unreachable:
                 raise OSError(
                     f"{source} has {folder or '.'}/config.json but no {weights_name}: pass variant=… or another folder"
                 )
-            return config_file, weights_file
-    for folder in ("", *folders):
-        weights_file = _fetch(source, f"{folder}/{BFL_FILE}".lstrip("/"), hub_options)
+            if weights_file is not None:
+                return config_file, weights_file
+    for folder in dict.fromkeys(("", *folders)):
+        weights_file = _fetch(source, f"{folder}/{BFL_FILE}".lstrip("/"), hub_options, unreachable)
         if weights_file is not None:
             return None, weights_file
+    if unreachable:
+        raise OSError(
+            f"{source} is not a local path, the hub cannot be reached, and {', '.join(unreachable)} are not in its cache: "
+            "download the folder elsewhere and pass its path"
+        )
     raise OSError(
         f"{source} holds no image VAE: looked for config.json with {weights_name} in {[f or '.' for f in folders]} and for "
         f"{BFL_FILE}; pass subfolder=…, or the file itself"
     )
 
 
-def _fetch(source: str, name: str, hub_options: dict) -> Path | None:
-    """The local path of a file of a folder or a hub repository, None if it has no such file."""
+def _fetch(source: str, name: str, hub_options: dict, unreachable: list[str]) -> Path | None:
+    """The local path of a file of a folder or a hub repository, None if it has no such file.
+
+    Without a network the cache cannot tell what a repository does not have: such names go to `unreachable`.
+    """
     folder = Path(source)
     if folder.is_dir():
         return folder / name if (folder / name).is_file() else None
@@ -170,22 +178,36 @@ def _fetch(source: str, name: str, hub_options: dict) -> Path | None:
             f"{source} is not a local path, and not a hub repository that you can see: check the spelling, or pass a token "
             "(token=…, --token) if it is private"
         ) from error
-    except EntryNotFoundError as error:
-        if isinstance(error, huggingface_hub.errors.LocalEntryNotFoundError):
-            raise OSError(
-                f"{source} is not a local path and the hub cannot be reached for {name}: download the folder elsewhere and "
-                "pass its path"
-            ) from error
+    except LocalEntryNotFoundError:
+        unreachable.append(name)
+        return None
+    except EntryNotFoundError:
         return None
 
 
-def _strip_prefix(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Keep the VAE of a whole checkpoint: what stands under `first_stage_model.` or `vae.`, if anything does."""
-    for prefix in ("first_stage_model.", "vae."):
-        inner = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-        if inner:
-            return inner
-    return state
+def _read_config(config_file: Path) -> dict:
+    """The configuration of an `AutoencoderKL`, without diffusers' own notes in it."""
+    config = json.loads(config_file.read_text())
+    if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
+        raise ValueError(
+            f"{config_file} is of a {config['_class_name']}, only an AutoencoderKL can be inflated: pass the "
+            "folder or subfolder of one"
+        )
+    return {k: v for k, v in config.items() if not k.startswith("_")}
+
+
+def _load_vae(weights_file: Path) -> dict[str, torch.Tensor]:
+    """Load a file; of a whole checkpoint only the VAE, which stands under `first_stage_model.` or `vae.`."""
+    try:
+        with safe_open(weights_file, framework="pt") as file:
+            keys = list(file.keys())
+            prefixes = [p for p in ("first_stage_model.", "vae.") if any(k.startswith(p) for k in keys)]
+            prefix = prefixes[0] if prefixes else ""
+            return {k.removeprefix(prefix): file.get_tensor(k) for k in keys if k.startswith(prefix)}
+    except SafetensorError as error:
+        raise ValueError(
+            f"{weights_file} cannot be read as safetensors ({error}): it is incomplete or of another format, fetch it again"
+        ) from error
 
 
 _BFL_RULES = (
@@ -233,20 +255,25 @@ def _to_diffusers_layout(state: dict[str, torch.Tensor], source: str) -> dict[st
     return renamed
 
 
-def _guess_config(state: dict[str, torch.Tensor], assumptions: list[str]) -> dict:
+def _guess_config(state: dict[str, torch.Tensor], source: str, assumptions: list[str]) -> dict:
     """Read the architecture off the shapes; say what they cannot tell."""
     stages = 1 + max(int(k.split(".")[2]) for k in state if k.startswith("encoder.down_blocks."))
-    channels = [state[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in range(stages)]
+    first_convs = [f"encoder.down_blocks.{i}.resnets.0.conv1.weight" for i in range(stages)]
+    telling = ["encoder.conv_in.weight", *first_convs, "decoder.conv_in.weight", "decoder.conv_out.weight"]
+    missing = [name for name in telling if name not in state]
+    if missing:
+        raise ValueError(f"{source} does not hold a whole image VAE; missing keys: {', '.join(missing)}")
+    channels = [state[name].shape[0] for name in first_convs]
     layers = 1 + max(int(k.split(".")[4]) for k in state if k.startswith("encoder.down_blocks.0.resnets."))
     latent_channels = state["decoder.conv_in.weight"].shape[1]
     if latent_channels not in _FACTORS:
         raise ValueError(
-            f"the file has {latent_channels} latent channels and no config.json beside it, so that its scaling factor is "
+            f"{source} has {latent_channels} latent channels and comes without a configuration, so that its scaling factor is "
             "unknown: pass the folder of a diffusers VAE"
         )
     scaling_factor, shift_factor, family = _FACTORS[latent_channels]
     assumptions.append(
-        f"no config.json beside the file: scaling_factor {scaling_factor} and shift_factor {shift_factor} of {family} and "
+        f"no configuration came with the file: scaling_factor {scaling_factor} and shift_factor {shift_factor} of {family} and "
         "32 norm groups were assumed (others share the shapes: pass scaling_factor and shift_factor for them)"
     )
     return {

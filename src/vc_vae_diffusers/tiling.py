@@ -1,7 +1,11 @@
-"""Geometry of overlapping spatial tiles and their linear blending. Not in the paper."""
+"""Geometry of overlapping spatial tiles, their linear blending, and the buffer that results are joined in.
+
+Not in the paper.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 
@@ -35,7 +39,7 @@ class TileGrid:
         """Check a geometry given in pixels and convert it to cells of `ratio` pixels.
 
         Raises:
-            ValueError: unless all are positive multiples of `ratio` and a stride is at most its tile.
+            ValueError: unless all are integers, positive multiples of `ratio`, and a stride is at most its tile.
         """
         geometry = {
             "tile_sample_min_height": height,
@@ -44,6 +48,10 @@ class TileGrid:
             "tile_sample_stride_width": stride_width,
         }
         for name, value in geometry.items():
+            if not isinstance(value, Integral):
+                raise ValueError(
+                    f"{name} is {value!r}, it must be an integer number of pixels: pass {max(ratio, int(value))}"
+                )
             if value < ratio or value % ratio != 0:
                 nearest = max(ratio, round(value / ratio) * ratio)
                 raise ValueError(
@@ -93,3 +101,58 @@ def _blending_weights(spans: list[tuple[int, int]], scale: int) -> list[torch.Te
     for (start, stop), weight in zip(spans, weights, strict=True):
         total[start * scale : stop * scale] += weight
     return [weight / total[start * scale : stop * scale] for (start, stop), weight in zip(spans, weights, strict=True)]
+
+
+def scaled(cells: slice, size: int) -> slice:
+    """A range of cells as a range of the `size` times finer grid."""
+    return slice(cells.start * size, cells.stop * size)
+
+
+class FrameBuffer:
+    """Parts of a clip, joined along time in a buffer made once, so that no list of parts lives beside the result.
+
+    Args:
+        total: frames of the whole.
+    """
+
+    def __init__(self, total: int):
+        self.total, self.filled = total, 0
+        self.buffer: torch.Tensor | None = None
+
+    def append(self, part: torch.Tensor) -> None:
+        """Put the next frames, `(B, C, t, H, W)`, behind those that are there."""
+        if self.buffer is None and part.shape[2] == self.total:
+            self.buffer = part.contiguous()
+            return
+        if self.buffer is None:
+            self.buffer = part.new_empty(*part.shape[:2], self.total, *part.shape[3:])
+        self.buffer[:, :, self.filled : self.filled + part.shape[2]] = part
+        self.filled += part.shape[2]
+
+
+class BlendedFrameBuffer(FrameBuffer):
+    """Parts of the tiles of a clip, blended as they come: `start(tile)`, then `append` the parts of this tile in order.
+
+    Args:
+        total: frames of the whole.
+        height, width: size of the whole in cells.
+        scale: pixels of a cell; the tiles' weights must be for the same.
+    """
+
+    def __init__(self, total: int, height: int, width: int, scale: int):
+        super().__init__(total)
+        self.height, self.width, self.scale = height * scale, width * scale, scale
+
+    def start(self, tile: Tile) -> None:
+        """Say which tile the next parts are of."""
+        self.filled = 0
+        self.rows, self.columns = scaled(tile.rows, self.scale), scaled(tile.columns, self.scale)
+        self.weight = tile.row_weights[:, None] * tile.column_weights
+
+    def append(self, part: torch.Tensor) -> None:
+        """Add the next frames of the tile, `(B, C, t, h, w)`, with its weights."""
+        if self.buffer is None:
+            self.buffer = part.new_zeros(*part.shape[:2], self.total, self.height, self.width)
+        time = slice(self.filled, self.filled + part.shape[2])
+        self.buffer[:, :, time, self.rows, self.columns] += part * self.weight.to(part)
+        self.filled = time.stop
