@@ -6,9 +6,8 @@ import torch
 from accelerate import cpu_offload
 from diffusers import DDIMScheduler, DDPMScheduler, LattePipeline, LatteTransformer3DModel
 from diffusers.callbacks import PipelineCallback
+from tiny_models import MEAN, STD, seeded, tiny_latte, tiny_vae
 
-from vc_vae_diffusers.autoencoder_kl_vcvae import AutoencoderKLVCVAE
-from vc_vae_diffusers.latte_transformer import LatteAdaLNTransformer3DModel
 from vc_vae_diffusers.pipeline_latte import (
     LatteVCVAEPipeline,
     LatteVCVAEUnconditionalPipeline,
@@ -18,25 +17,6 @@ from vc_vae_diffusers.pipeline_latte import (
     normalize_latents,
 )
 
-MEAN, STD = [0.3, -0.2, 0.0, 1.5], [2.0, 0.5, 1.0, 4.0]
-
-
-def tiny_vae(**config) -> AutoencoderKLVCVAE:
-    torch.manual_seed(0)
-    small = {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4}
-    return AutoencoderKLVCVAE(**{**small, "latents_mean": MEAN, "latents_std": STD, **config}).eval()
-
-
-def tiny_transformer(**config) -> LatteAdaLNTransformer3DModel:
-    torch.manual_seed(1)
-    small = {"sample_size": 4, "in_channels": 4, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8}
-    model = LatteAdaLNTransformer3DModel(**{**small, "video_length": 3, **config})
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(std=0.15)
-    return model.eval()
-
 
 def ddpm(**config) -> DDPMScheduler:
     return DDPMScheduler(
@@ -45,13 +25,9 @@ def ddpm(**config) -> DDPMScheduler:
 
 
 def tiny_pipeline(scheduler=None, vae=None, **transformer) -> LatteVCVAEUnconditionalPipeline:
-    pipeline = LatteVCVAEUnconditionalPipeline(vae or tiny_vae(), tiny_transformer(**transformer), scheduler or ddpm())
+    pipeline = LatteVCVAEUnconditionalPipeline(vae or tiny_vae(), tiny_latte(**transformer), scheduler or ddpm())
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def text_pipeline(**config) -> LatteVCVAEPipeline:
@@ -247,9 +223,8 @@ def test_normalisation_is_by_channel_and_inverts():
 
 @torch.no_grad()
 def test_decoding_is_streamed_in_bounded_chunks():
-    vae = tiny_vae().to(torch.float64)  # the norms of a random network amplify float32 rounding
-    latents = torch.randn(2, 4, 3, 4, 4, generator=seeded())
-    expected = vae.decode(denormalize_latents(vae, latents.double()), num_frames=11).sample.float()
+    vae, latents = tiny_vae(), torch.randn(2, 4, 3, 4, 4, generator=seeded())
+    expected = vae.decode(denormalize_latents(vae, latents), num_frames=11).sample
     lengths = []
     hook = vae.decoder.register_forward_pre_hook(lambda module, args: lengths.append(tuple(args[0].shape[:3:2])))
     vae.groups_per_chunk = 2
@@ -266,7 +241,7 @@ def test_decoding_is_streamed_in_bounded_chunks():
     hook.remove()
     half = decode_video(vae.to(torch.bfloat16), latents, 11)
     assert half.dtype == torch.float32
-    assert 0 < (half - expected)[:, :, 8:].abs().max() < 0.2
+    assert 0 < (half - expected).abs().max() < 0.2
 
 
 def test_unconditional_pipeline_saves_and_loads(tmp_path):
