@@ -1,0 +1,567 @@
+"""Training clips: what to read at which step, and how to read it.
+
+Everything random is a function of ``(seed, counters)``, never of a generator's history: the bucket of a step, the file,
+the start, the crop and the flip of a clip follow from the step and the clip's place in the batch. So a resumed run sees
+what an unbroken one sees, two processes see together what one process with twice the batch sees, and loader workers
+change nothing.
+
+A :class:`ClipPlan` turns a step into :class:`ClipRequest` objects, a :class:`ClipBatchSampler` hands every process its
+share, and a :class:`ClipDataset` reads them from files. Shards of a million clips are streamed by
+:mod:`vc_vae_diffusers.shards`.
+
+Not in the paper: how the mix of Table 7 is drawn. Here every step draws one bucket, and all processes use it.
+"""
+
+from __future__ import annotations
+
+import bisect
+import csv
+import fnmatch
+import logging
+import math
+import os
+import signal
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.data import Dataset, Sampler
+
+from .video import IMAGE_SUFFIXES, VideoInfo, VideoReader, VideoReadError, from_uint8, probe, read_clip
+
+logger = logging.getLogger(__name__)
+
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".ogv", ".wmv", ".gif")
+
+# One stream of random numbers per purpose, so that adding a draw to one never shifts another.
+_STREAM_BUCKET, _STREAM_EPOCH, _STREAM_FILE, _STREAM_CLIP, _STREAM_NOISE = range(5)
+
+# Steps over which the buckets' shares are exact. A bucket of weight below 1/1000 of the sum still gets one step.
+_BLOCK = 1000
+
+
+class DataError(RuntimeError):
+    """The data cannot serve the run: nothing found, mostly unreadable, or no clip fits a bucket."""
+
+
+def counter_rng(seed: int, stream: int, *counters: int) -> np.random.Generator:
+    """Return the generator that belongs to ``(seed, stream, counters)``; at most three counters, each below 2**64."""
+    padded = (0, *counters, *(0,) * (3 - len(counters)))
+    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=padded))
+
+
+def noise_seed(seed: int, bucket_index: int, ordinal: int) -> int:
+    """Return the seed of the posterior noise of one clip: the same in whichever process the clip is trained on."""
+    return int(counter_rng(seed, _STREAM_NOISE, bucket_index, ordinal).integers(2**63))
+
+
+# ---------------------------------------------------------------------------------------------------------- buckets
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """One shape of clip: ``height`` x ``width`` pixels, ``num_frames`` frames at ``fps`` (0: the video's own).
+
+    ``batch_size`` is the number of clips of a step over all processes and micro-batches (Table 7's total batch),
+    ``micro_batch_size`` the most that one process puts through the model at once. ``weight`` is the bucket's share of
+    the steps.
+    """
+
+    height: int
+    width: int
+    num_frames: int
+    fps: float
+    weight: float
+    batch_size: int
+    micro_batch_size: int
+
+    def __str__(self) -> str:
+        return f"{self.height}x{self.width}x{self.num_frames}@{self.fps:g}"
+
+    def micro_batches(self, num_processes: int) -> int:
+        """Return the number of micro-batches that every process runs at a step of this bucket."""
+        share, rest = divmod(self.batch_size, num_processes)
+        if rest:
+            raise ValueError(
+                f"bucket {self}: batch={self.batch_size} must be divisible by the {num_processes} processes; "
+                "change batch= or the number of processes"
+            )
+        count = math.ceil(share / self.micro_batch_size)
+        if share % count:
+            raise ValueError(
+                f"bucket {self}: {share} clips a process must split into equal micro-batches of at most "
+                f"micro={self.micro_batch_size}; choose a micro= that divides {share}"
+            )
+        return count
+
+
+def parse_buckets(lines: Sequence[str]) -> list[Bucket]:
+    """Read buckets from lines such as ``size=128,256 frames=8,40 fps=8,24 weight=2 batch=8 micro=4``.
+
+    Lists multiply out and share the line's ``weight`` (default 1) equally. ``size`` is one side of a square or
+    ``HEIGHTxWIDTH``; ``fps=0`` keeps the video's own rate; ``micro`` defaults to ``batch``; ``frames=1`` makes images.
+
+    Raises:
+        ValueError: for unknown, missing or malformed keys.
+    """
+    buckets = []
+    for line in lines:
+        fields = dict(token.partition("=")[::2] for token in line.split())
+        unknown = set(fields) - {"size", "frames", "fps", "weight", "batch", "micro"}
+        missing = {"size", "frames", "fps", "batch"} - set(fields)
+        if unknown or missing:
+            raise ValueError(
+                f"bucket {line!r}: unknown keys {sorted(unknown)}, missing keys {sorted(missing)}; "
+                "write size=256 frames=16 fps=24 batch=8, and weight= and micro= if wanted"
+            )
+        try:
+            sizes = [tuple(int(side) for side in size.split("x")) for size in fields["size"].split(",")]
+            shapes = [
+                (size[0], size[-1], int(frames), float(fps))
+                for size in sizes
+                for frames in fields["frames"].split(",")
+                for fps in fields["fps"].split(",")
+            ]
+            batch = int(fields["batch"])
+            micro = int(fields.get("micro", batch))
+            weight = float(fields.get("weight", 1))
+        except ValueError as error:
+            raise ValueError(f"bucket {line!r}: {error}; numbers and commas only, as in size=128,256 frames=8") from error
+        if min(batch, micro, *(min(shape[:3]) for shape in shapes)) < 1 or not weight > 0 or min(s[3] for s in shapes) < 0:
+            raise ValueError(f"bucket {line!r}: sizes, frames, batch, micro and weight must be positive, fps >= 0")
+        buckets += [Bucket(*shape, weight / len(shapes), batch, min(micro, batch)) for shape in shapes]
+    if not buckets:
+        raise ValueError("buckets is empty; give at least one, as in size=256 frames=16 fps=24 batch=8")
+    return buckets
+
+
+# ------------------------------------------------------------------------------------------------------------- plan
+
+
+@dataclass(frozen=True)
+class ClipRequest:
+    """One clip to read: the ``ordinal``-th of its bucket since the run began, for step ``step``."""
+
+    step: int
+    bucket_index: int
+    ordinal: int
+
+
+class ClipPlan:
+    """Which clips a step trains on, computed from the step alone.
+
+    Within every block of 1,000 steps each bucket occurs in proportion to its weight (largest remainder, at least
+    once), in an order shuffled by ``(seed, block)``.
+    """
+
+    def __init__(self, buckets: Sequence[Bucket], seed: int):
+        self.buckets = list(buckets)
+        self.seed = seed
+        shares = np.array([bucket.weight for bucket in buckets], dtype=np.float64)
+        if len(shares) > _BLOCK:
+            raise ValueError(f"{len(shares)} buckets; at most {_BLOCK} are possible")
+        ideal = shares / shares.sum() * _BLOCK
+        counts = np.maximum(np.floor(ideal), 1).astype(int)
+        while counts.sum() != _BLOCK:
+            # Move the bucket that is furthest from its share, without taking a bucket's only step.
+            gap = ideal - counts
+            index = int(np.argmax(gap)) if counts.sum() < _BLOCK else int(np.argmin(np.where(counts > 1, gap, np.inf)))
+            counts[index] += int(np.sign(_BLOCK - counts.sum()))
+        self._counts = counts
+        self._block = lru_cache(maxsize=2)(self._make_block)
+
+    def _make_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        order = np.repeat(np.arange(len(self.buckets)), self._counts)
+        order = counter_rng(self.seed, _STREAM_BUCKET, block).permutation(order)
+        earlier = np.zeros(_BLOCK, dtype=np.int64)
+        for index in range(len(self.buckets)):
+            hits = order == index
+            earlier[hits] = np.arange(int(hits.sum()))
+        return order, earlier
+
+    def bucket_of(self, step: int) -> tuple[int, int]:
+        """Return the bucket's index at ``step`` (from 0) and how often that bucket occurred before."""
+        block, offset = divmod(step, _BLOCK)
+        order, earlier = self._block(block)
+        index = int(order[offset])
+        return index, block * int(self._counts[index]) + int(earlier[offset])
+
+    def requests(self, step: int) -> list[ClipRequest]:
+        """Return the clips of ``step`` over all processes, in the order in which they are shared out."""
+        index, occurrence = self.bucket_of(step)
+        size = self.buckets[index].batch_size
+        return [ClipRequest(step, index, occurrence * size + i) for i in range(size)]
+
+
+class ClipBatchSampler(Sampler[list[ClipRequest]]):
+    """Micro-batches of one process, from ``start_step`` up to and without ``end_step``.
+
+    Process ``rank`` takes a contiguous share of every step's clips, so that the processes together see the clips that
+    a single one would see.
+    """
+
+    def __init__(self, plan: ClipPlan, start_step: int, end_step: int, rank: int = 0, num_processes: int = 1):
+        self.plan, self.start_step, self.end_step = plan, start_step, end_step
+        self.rank, self.num_processes = rank, num_processes
+        for bucket in plan.buckets:
+            bucket.micro_batches(num_processes)
+
+    def __iter__(self) -> Iterator[list[ClipRequest]]:
+        for step in range(self.start_step, self.end_step):
+            requests = self.plan.requests(step)
+            bucket = self.plan.buckets[requests[0].bucket_index]
+            count = bucket.micro_batches(self.num_processes)
+            share = bucket.batch_size // self.num_processes
+            mine = requests[self.rank * share : (self.rank + 1) * share]
+            size = share // count
+            yield from (mine[i * size : (i + 1) * size] for i in range(count))
+
+
+# ------------------------------------------------------------------------------------------------------------ files
+
+
+def read_list(path: str | Path, section: str | None = None) -> list[str]:
+    """Read the entries of a list file, of one ``[section]`` if named.
+
+    A text file holds one entry a line; ``#`` starts a comment and ``[name]`` a section. A ``.csv`` file needs a column
+    ``file``, ``path`` or ``video``; ``section`` then selects by its column ``split``.
+
+    Raises:
+        ValueError: for a missing section or column.
+    """
+    path = Path(path)
+    if path.suffix.lower() == ".csv":
+        return _read_csv(path, section)
+    entries: dict[str | None, list[str]] = {None: []}
+    current = None
+    for raw in path.read_text().splitlines():
+        line = raw.split("#")[0].strip()
+        if line.startswith("[") and line.endswith("]"):
+            current = line[1:-1].strip()
+            entries.setdefault(current, [])
+        elif line:
+            entries[current].append(line)
+    if section is None:
+        return [entry for part in entries.values() for entry in part]
+    if section not in entries:
+        known = sorted(name for name in entries if name is not None)
+        raise ValueError(f"{path}: no section [{section}]; it has {known}")
+    return entries[section]
+
+
+def _read_csv(path: Path, section: str | None) -> list[str]:
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        columns = reader.fieldnames or []
+        column = next((name for name in ("file", "path", "video") if name in columns), None)
+        if column is None or (section is not None and "split" not in columns):
+            raise ValueError(f"{path}: columns {columns}; needed are file, path or video, and split for {section!r}")
+        return [row[column] for row in reader if section is None or row["split"] == section]
+
+
+def expand_patterns(patterns: Sequence[str], base: str | Path = ".") -> list[str]:
+    """Replace every ``@FILE`` or ``@FILE:SECTION`` by the entries of that list; ``base`` is what FILE is relative to."""
+    expanded = []
+    for pattern in patterns:
+        if pattern.startswith("@"):
+            file, _, section = pattern[1:].partition(":")
+            expanded += read_list(Path(base) / file, section or None)
+        else:
+            expanded.append(pattern)
+    return expanded
+
+
+def find_files(data: str | Path, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[str]:
+    """List videos and images of a folder (searched recursively) or of a list file (:func:`read_list`), sorted.
+
+    Entries of a list file are relative to its folder. ``include`` and ``exclude`` are shell patterns on the path below
+    that folder; without ``include`` everything counts. A pattern without wildcards that names no file is an error, so
+    that a hold-out list with a spelling mistake does not leak into training.
+
+    Raises:
+        DataError: if nothing is found, or a named file is not there.
+    """
+    data = Path(data)
+    if data.is_dir():
+        root = data
+        suffixes = (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES)
+        names = sorted(
+            Path(folder, file).relative_to(root).as_posix()
+            for folder, _, files in os.walk(root, followlinks=True)
+            for file in files
+            if file.lower().endswith(suffixes)
+        )
+    elif data.is_file():
+        root = data.parent
+        names = sorted(set(read_list(data)))
+    else:
+        raise DataError(f"data={str(data)!r} is neither a folder nor a list file")
+    known = set(names)
+    for pattern in [*include, *exclude]:
+        if not _is_wildcard(pattern) and pattern not in known:
+            raise DataError(f"{pattern!r} is named by include, exclude or holdout, but is not in {str(data)!r}")
+    included, excluded = _Matcher(include), _Matcher(exclude)
+    kept = [name for name in names if (not include or included(name)) and not excluded(name)]
+    if not kept:
+        raise DataError(f"no video or image in {str(data)!r} ({len(known)} files before include and exclude)")
+    return [str(root / name) for name in kept]
+
+
+def _is_wildcard(pattern: str) -> bool:
+    return any(char in pattern for char in "*?[")
+
+
+class _Matcher:
+    """Whether a name is in a list of names and shell patterns; names are looked up, for lists of any length."""
+
+    def __init__(self, patterns: Sequence[str]):
+        self._names = set(patterns)
+        self._wildcards = [pattern for pattern in patterns if _is_wildcard(pattern)]
+
+    def __call__(self, name: str) -> bool:
+        return name in self._names or any(fnmatch.fnmatchcase(name, pattern) for pattern in self._wildcards)
+
+
+# ------------------------------------------------------------------------------------------------------------ clips
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A file that was passed over: ``unreadable`` if it is broken, else because it does not fit the bucket."""
+
+    path: str
+    reason: str
+    unreadable: bool
+
+
+@dataclass(frozen=True)
+class ClipReader:
+    """Reads random clips of one file. ``scale_jitter`` and ``flip`` as in :class:`ClipDataset`."""
+
+    scale_jitter: float = 0.0
+    flip: bool = True
+
+    def unsuitable(self, info: VideoInfo, bucket: Bucket) -> str | None:
+        """Return why the file cannot serve ``bucket``, or None."""
+        if info.height < bucket.height or info.width < bucket.width:
+            return f"is {info.height}x{info.width}, smaller than {bucket.height}x{bucket.width}"
+        if bucket.num_frames == 1:
+            return None
+        if info.duration is None:
+            return "does not state its duration"
+        if info.duration < self._span(info, bucket):
+            return f"lasts {float(info.duration):.2f} s, shorter than {float(self._span(info, bucket)):.2f} s"
+        return None
+
+    def rate(self, info: VideoInfo, bucket: Bucket) -> Fraction | None:
+        """Return the rate to resample to; None keeps every frame. A slower video keeps its own: repeats teach nothing."""
+        wanted = Fraction(bucket.fps)
+        return wanted if 0 < wanted < info.fps else None
+
+    def _span(self, info: VideoInfo, bucket: Bucket) -> Fraction:
+        return (bucket.num_frames - 1) / (self.rate(info, bucket) or info.fps) + 1 / info.fps
+
+    def start(self, info: VideoInfo, bucket: Bucket, uniform: float) -> Fraction:
+        """Return the start in seconds: a frame of the source, such that the clip fits."""
+        if info.duration is None or info.kind == "image":
+            return Fraction(0)
+        room = max(info.duration - self._span(info, bucket), Fraction(0))
+        return math.floor(uniform * (int(room * info.fps) + 1)) / info.fps
+
+    def cut(self, frames: torch.Tensor, bucket: Bucket, uniform: Sequence[float]) -> torch.Tensor:
+        """Crop (3, T, H, W) uint8 at random, resize to the bucket, flip, convert to [-1, 1].
+
+        The window is ``s`` times the bucket's size, ``s`` log-uniform between the largest that fits and that to the
+        power of ``1 - scale_jitter``. Antialiased bilinear resizing.
+        """
+        height, width = frames.shape[-2:]
+        largest = min(height / bucket.height, width / bucket.width)
+        scale = largest ** (1 - self.scale_jitter * uniform[0])
+        rows, columns = (min(round(side * scale), most) for side, most in ((bucket.height, height), (bucket.width, width)))
+        top, left = round(uniform[1] * (height - rows)), round(uniform[2] * (width - columns))
+        clip = from_uint8(frames[..., top : top + rows, left : left + columns])
+        if (rows, columns) != (bucket.height, bucket.width):
+            size = (bucket.height, bucket.width)
+            clip = F.interpolate(clip.transpose(0, 1), size, mode="bilinear", antialias=True).transpose(0, 1)
+        return (clip.flip(-1) if self.flip and uniform[3] < 0.5 else clip).contiguous()
+
+
+class ClipDataset(Dataset[dict]):
+    """Reads the clip that a :class:`ClipRequest` asks for; use with :class:`ClipBatchSampler` and :func:`collate`.
+
+    Every bucket goes through all files in an order of its own, shuffled anew each epoch. Buckets of one frame take
+    images and frames of videos, others videos only. A file that cannot be read, or is too small or too short for the
+    bucket, is reported in the item's ``skipped`` and the next candidate (again a function of the request) is tried.
+
+    Args:
+        files: paths of videos and images.
+        buckets: those of the plan.
+        seed: that of the plan.
+        scale_jitter: 0 crops from the whole short side; 1 from anything down to native pixels, log-uniform between.
+        flip: mirror half of the clips.
+        cache_in_memory: keep every file's frames as uint8 once decoded; per loader worker.
+        cache_short_side: shrink frames to this short side for the cache.
+
+    Raises:
+        DataError: from ``[]``, if 100 candidates in a row do not serve.
+    """
+
+    _MAX_ATTEMPTS = 100
+
+    def __init__(
+        self,
+        files: Sequence[str],
+        buckets: Sequence[Bucket],
+        seed: int,
+        *,
+        scale_jitter: float = 0.0,
+        flip: bool = True,
+        cache_in_memory: bool = False,
+        cache_short_side: int | None = None,
+    ):
+        if not 0 <= scale_jitter <= 1:
+            raise ValueError(f"scale_jitter={scale_jitter} must lie in [0, 1]")
+        self.buckets, self.seed = list(buckets), seed
+        self.reader = ClipReader(scale_jitter, flip)
+        self.cache_in_memory, self.cache_short_side = cache_in_memory, cache_short_side
+        self._all = list(files)
+        self._videos = [file for file in files if Path(file).suffix.lower() not in IMAGE_SUFFIXES]
+        if not self._videos and any(bucket.num_frames > 1 for bucket in buckets):
+            raise DataError("there are only images, but buckets of more than one frame")
+        self._orders: dict[int, tuple[int, np.ndarray]] = {}
+        self._infos: dict[str, VideoInfo] = {}
+        self._cache: dict[str, tuple[torch.Tensor, list[Fraction]]] = {}
+
+    def __getitem__(self, request: ClipRequest) -> dict:
+        bucket = self.buckets[request.bucket_index]
+        skipped: list[Skip] = []
+        for attempt in range(self._MAX_ATTEMPTS):
+            path = self._candidate(request, attempt)
+            key = (request.bucket_index, request.ordinal, attempt)
+            uniform = counter_rng(self.seed, _STREAM_CLIP, *key).random(5)
+            try:
+                info = self._info(path)
+                reason = self.reader.unsuitable(info, bucket)
+                if reason is None:
+                    start = self.reader.start(info, bucket, uniform[4])
+                    frames = self._read(info, bucket, start)
+                    return {
+                        "video": self.reader.cut(frames, bucket, uniform),
+                        "clip": f"{path} from {float(start):.3f} s",
+                        "bucket": bucket,
+                        "noise_seed": noise_seed(self.seed, request.bucket_index, request.ordinal),
+                        "skipped": skipped,
+                    }
+                skipped.append(Skip(path, reason, unreadable=False))
+            except VideoReadError as error:
+                skipped.append(Skip(path, str(error), unreadable=True))
+        reasons = Counter(skip.reason for skip in skipped).most_common(3)
+        raise DataError(f"none of {len(skipped)} files in a row serves bucket {bucket}: {reasons}")
+
+    def _candidate(self, request: ClipRequest, attempt: int) -> str:
+        index, ordinal = request.bucket_index, request.ordinal
+        pool = self._all if self.buckets[index].num_frames == 1 else self._videos
+        if attempt > 0:
+            return pool[counter_rng(self.seed, _STREAM_FILE, index, ordinal, attempt).integers(len(pool))]
+        epoch, place = divmod(ordinal, len(pool))
+        if index not in self._orders or self._orders[index][0] != epoch:
+            order = counter_rng(self.seed, _STREAM_EPOCH, index, epoch).permutation(len(pool))
+            self._orders[index] = (epoch, order)
+        return pool[self._orders[index][1][place]]
+
+    def _info(self, path: str) -> VideoInfo:
+        if path not in self._infos:
+            self._infos[path] = probe(path)
+        return self._infos[path]
+
+    def _read(self, info: VideoInfo, bucket: Bucket, start: Fraction) -> torch.Tensor:
+        """Return (3, T, H, W) uint8."""
+        rate = self.reader.rate(info, bucket)
+        if not self.cache_in_memory:
+            options = {} if info.kind == "image" else {"start_time": start, "fps": rate}
+            return read_clip(info.path, num_frames=bucket.num_frames, dtype=torch.uint8, **options)
+        frames, times = self._decoded(info)
+        # The frames on screen, by VideoReader's rule; in fractions, because ties are common (30 to 24 fps).
+        first = bisect.bisect_right(times, start + 1 / (4 * info.fps)) - 1
+        indices = [first + k for k in range(bucket.num_frames)]
+        if rate is not None:
+            tolerance = 1 / (4 * max(rate, info.fps))
+            indices = [bisect.bisect_right(times, times[first] + k / rate + tolerance) - 1 for k in range(bucket.num_frames)]
+        last = times[first] + (bucket.num_frames - 1) / (rate or info.fps)
+        if indices[-1] >= len(times) or last >= times[-1] + 1 / info.fps:
+            problem = f"ends at {float(times[-1]):.3f} s, before the clip from {float(start):.3f} s does"
+            raise VideoReadError(info.path, problem, "Its header states another duration; remux it.")
+        return frames[:, indices]
+
+    def _decoded(self, info: VideoInfo) -> tuple[torch.Tensor, list[Fraction]]:
+        if info.path not in self._cache:
+            short = self.cache_short_side
+            resize = short if short is not None and short < min(info.height, info.width) else None
+            with VideoReader(info.path, resize=resize, dtype=torch.uint8, threads=1) as reader:
+                chunks, times = zip(*reader.timed_chunks(), strict=True)
+            self._cache[info.path] = (torch.cat(chunks, dim=1), [time for part in times for time in part])
+        return self._cache[info.path]
+
+
+def collate(items: Sequence[dict]) -> dict:
+    """Stack clips of one bucket: ``video`` (B, 3, T, H, W), lists ``clips``, ``noise_seeds`` and ``skipped``."""
+    return {
+        "video": torch.stack([item["video"] for item in items]),
+        "bucket": items[0]["bucket"],
+        "clips": [item["clip"] for item in items],
+        "noise_seeds": [item["noise_seed"] for item in items],
+        "skipped": [skip for item in items for skip in item["skipped"]],
+    }
+
+
+def quiet_worker(worker_id: int) -> None:
+    """Let the main process alone answer Ctrl-C (``worker_init_fn`` of a DataLoader)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+class ReadHealth:
+    """Counts what was read and what was passed over, logs each reason once, and stops a run that mostly fails to read."""
+
+    _MIN_FILES = 20
+
+    def __init__(self, max_unreadable: float):
+        self.max_unreadable = max_unreadable
+        self.read = self.unreadable = self.unsuitable = 0
+        self._seen: set[str] = set()
+
+    def add(self, batch: dict) -> None:
+        """Count one batch of :func:`collate`.
+
+        Raises:
+            DataError: when more than ``max_unreadable`` of the files tried (20 at least) could not be read.
+        """
+        self.read += len(batch["clips"])
+        for skip in batch["skipped"]:
+            self.unreadable += skip.unreadable
+            self.unsuitable += not skip.unreadable
+            line = skip.reason if skip.unreadable else f"{skip.path}: {skip.reason}"
+            if line not in self._seen:
+                self._seen.add(line)
+                logger.warning("skipped %s", line)
+        tried = self.read + self.unreadable
+        if tried >= self._MIN_FILES and self.unreadable > self.max_unreadable * tried:
+            raise DataError(
+                f"{self.unreadable} of {tried} reads failed, more than max_unreadable={self.max_unreadable}; "
+                "the log names each file and its reason"
+            )
+
+
+def validation_clip(path: str, num_frames: int, size: int) -> torch.Tensor:
+    """Read the first frames at the video's own rate, short side to ``size``, centre crop: (3, T, size, size).
+
+    Raises:
+        VideoReadError: if the file cannot be read or is too short.
+    """
+    return read_clip(path, num_frames=num_frames, resize=size, crop=size)
