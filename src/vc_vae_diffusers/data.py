@@ -17,6 +17,7 @@ from __future__ import annotations
 import bisect
 import csv
 import fnmatch
+import itertools
 import logging
 import math
 import os
@@ -33,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset, Sampler
 
-from .video import IMAGE_SUFFIXES, VideoInfo, VideoReader, VideoReadError, from_uint8, probe, read_clip
+from .video import IMAGE_SUFFIXES, TIME_TOLERANCE, VideoInfo, VideoReader, VideoReadError, from_uint8, probe, read_clip
 
 logger = logging.getLogger(__name__)
 
@@ -385,7 +386,8 @@ class ClipReader:
         scale = largest ** (1 - self.scale_jitter * uniform[0])
         rows, columns = (min(round(side * scale), most) for side, most in ((bucket.height, height), (bucket.width, width)))
         top, left = round(uniform[1] * (height - rows)), round(uniform[2] * (width - columns))
-        clip = from_uint8(frames[..., top : top + rows, left : left + columns])
+        # Contiguous, because interpolate rounds differently for other strides, as decoded and cached frames have.
+        clip = from_uint8(frames[..., top : top + rows, left : left + columns].contiguous())
         if (rows, columns) != (bucket.height, bucket.width):
             size = (bucket.height, bucket.width)
             clip = F.interpolate(clip.transpose(0, 1), size, mode="bilinear", antialias=True).transpose(0, 1)
@@ -427,6 +429,9 @@ class ClipDataset(Dataset[dict]):
     ):
         if not 0 <= scale_jitter <= 1:
             raise ValueError(f"scale_jitter={scale_jitter} must lie in [0, 1]")
+        largest = max(max(bucket.height, bucket.width) for bucket in buckets)
+        if cache_short_side is not None and cache_short_side < largest:
+            raise ValueError(f"cache_short_side={cache_short_side} must be at least {largest}, the largest bucket's side")
         self.buckets, self.seed = list(buckets), seed
         self.reader = ClipReader(scale_jitter, flip)
         self.cache_in_memory, self.cache_short_side = cache_in_memory, cache_short_side
@@ -487,14 +492,12 @@ class ClipDataset(Dataset[dict]):
             options = {} if info.kind == "image" else {"start_time": start, "fps": rate}
             return read_clip(info.path, num_frames=bucket.num_frames, dtype=torch.uint8, **options)
         frames, times = self._decoded(info)
-        # The frames on screen, by VideoReader's rule; in fractions, because ties are common (30 to 24 fps).
-        first = bisect.bisect_right(times, start + 1 / (4 * info.fps)) - 1
+        first = _on_screen(times, 1 / info.fps, [start])[0]
         indices = [first + k for k in range(bucket.num_frames)]
+        due = start + (bucket.num_frames - 1) / (rate or info.fps)
         if rate is not None:
-            tolerance = 1 / (4 * max(rate, info.fps))
-            indices = [bisect.bisect_right(times, times[first] + k / rate + tolerance) - 1 for k in range(bucket.num_frames)]
-        last = times[first] + (bucket.num_frames - 1) / (rate or info.fps)
-        if indices[-1] >= len(times) or last >= times[-1] + 1 / info.fps:
+            indices = _on_screen(times, 1 / info.fps, [start + k / rate for k in range(bucket.num_frames)])
+        if indices[-1] >= len(times) or due >= times[-1] + 1 / info.fps:
             problem = f"ends at {float(times[-1]):.3f} s, before the clip from {float(start):.3f} s does"
             raise VideoReadError(info.path, problem, "Its header states another duration; remux it.")
         return frames[:, indices]
@@ -507,6 +510,15 @@ class ClipDataset(Dataset[dict]):
                 chunks, times = zip(*reader.timed_chunks(), strict=True)
             self._cache[info.path] = (torch.cat(chunks, dim=1), [time for part in times for time in part])
         return self._cache[info.path]
+
+
+def _on_screen(times: Sequence[Fraction], period: Fraction, moments: Sequence[Fraction]) -> list[int]:
+    """Return which of the frames shown from ``times`` on is on screen at each moment, by :class:`VideoReader`'s rule.
+
+    In fractions, because ties are common (30 to 24 fps).
+    """
+    takeovers = [after - TIME_TOLERANCE * min(period, after - before) for before, after in itertools.pairwise(times)]
+    return [bisect.bisect_right(takeovers, moment) for moment in moments]
 
 
 def collate(items: Sequence[dict]) -> dict:
