@@ -51,9 +51,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--validate_every", type=int, default=500)
     parser.add_argument("--validation_size", type=int, default=128)
     parser.add_argument("--mixed_precision", choices=("no", "bf16"), default="bf16")
-    parser.add_argument(
-        "--compile", action="store_true", help="torch.compile (1.3 times faster on the CPU it was tried on)"
-    )
+    parser.add_argument("--compile", action="store_true", help="torch.compile (1.3 times faster on the CPU it was tried on)")
     parser.add_argument("--num_threads", type=int, default=None)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()

@@ -16,12 +16,17 @@ convolution and no parameter more than its plain twin.
 
 Tensors are `(B, C, T, H, W)`; `channels_last_3d` is the fast layout. State is explicit: `y, cache = layer(x, cache)` with
 `cache=None` at the start of a stream. The module needs nothing but PyTorch and serves outside the VAE as well.
+
+How a folded kernel is evaluated is a matter of speed and changes results by rounding only: directly, or by temporal Winograd
+(`winograd.py`) for groups of two and four frames; see `TemporalConv3d.evaluation`.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
+
+from . import winograd
 
 
 def fold_tdc(weight: torch.Tensor, anchor: int) -> torch.Tensor:
@@ -62,6 +67,9 @@ class TemporalConv3d(nn.Conv3d):
             that cannot be formed is zero (Sec. 3.3; the choice is not in the paper). `"zeros"` is what IV-VAE does.
         bias: as in `nn.Conv3d`.
 
+    Attributes:
+        evaluation: `"direct"`, `"winograd"`, or `"auto"`: Winograd on the CPU where it was measured to be faster.
+
     Raises:
         ValueError: for an even `kernel_size` or an unknown `temporal_padding`.
     """
@@ -96,63 +104,67 @@ class TemporalConv3d(nn.Conv3d):
             dtype=dtype,
         )
         self.temporal_padding = temporal_padding
-        # Kernels by their number of taps, filled by `fuse` and left out of the state dict.
-        self.register_buffer("fused_3", None, persistent=False)
-        self.register_buffer("fused_2", None, persistent=False)
+        self.evaluation = "auto"
+        # Kernels that `fuse` folds once, left out of the state dict: with 3 and 2 taps, and transformed.
+        for name in ("fused_3", "fused_2", "fused_winograd"):
+            self.register_buffer(name, None, persistent=False)
+
+    # Kernels
 
     def plain_kernel(self) -> torch.Tensor:
-        """The kernel of the plain convolution that this layer equals, `(out, in, slices, k, k)`."""
+        """The kernel of the plain convolution that this layer equals, `(out, in, slices, k, k)`. Differentiable."""
         return self.weight
 
     def static_kernel(self) -> torch.Tensor:
-        """The single slice that serves where all frames are equal, `(out, in, 1, k, k)`."""
+        """The 2-D kernel that serves where all frames are equal, `(out, in, k, k)`."""
         if self.temporal_padding == "zeros":
-            return self.plain_kernel()[:, :, self.anchor].unsqueeze(2)
-        return self.weight.sum(2, keepdim=True)
-
-    def taps_in_use(self) -> tuple[int, ...]:
-        """The numbers of taps of the kernels that a forward pass needs besides the static one."""
-        return (len(self.slices),)
-
-    def kernel(self, taps: int) -> torch.Tensor:
-        """The kernel with `taps` temporal taps; one that was fused is taken as it is when no gradient is asked for."""
-        if taps == 1:
-            return self.static_kernel()
-        fused = self.fused_3 if taps == 3 else self.fused_2
-        if fused is not None and not (torch.is_grad_enabled() and self.weight.requires_grad):
-            return fused
-        return self.fold(taps)
-
-    def fold(self, taps: int) -> torch.Tensor:
-        """Compute `kernel(taps)` from the slices. Differentiable."""
-        return self.plain_kernel()
+            return self.plain_kernel()[:, :, self.anchor]
+        return self.weight.sum(2)
 
     def fuse(self) -> None:
-        """Fold once for inference. The slices stay: the state dict, and training, do not change."""
+        """Fold the kernels once for inference. The slices stay: the state dict, and training, do not change."""
+        self.unfuse()
         with torch.no_grad():
-            for taps in self.taps_in_use():
-                kernel = self.fold(taps).contiguous(memory_format=torch.channels_last_3d)
-                setattr(self, f"fused_{taps}", kernel)
+            if len(self.slices) == 3:
+                self.fused_3 = self.plain_kernel().contiguous(memory_format=torch.channels_last_3d)
+            else:
+                self.fused_2 = self.plain_kernel().contiguous(memory_format=torch.channels_last_3d)
 
     def unfuse(self) -> None:
         """Forget the folded kernels: they are computed from the slices at every call again."""
-        self.fused_3 = self.fused_2 = None
+        self.fused_3 = self.fused_2 = self.fused_winograd = None
+
+    def usable(self, fused: torch.Tensor | None) -> bool:
+        """Whether a fused kernel is there and no gradient is asked of the slices."""
+        return fused is not None and not (torch.is_grad_enabled() and self.weight.requires_grad)
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         self.unfuse()
         super()._load_from_state_dict(*args, **kwargs)
 
-    def convolve(self, x: torch.Tensor, taps: int) -> torch.Tensor:
-        """Convolve without temporal padding: T frames in, `T - taps + 1` out (fewer with a temporal stride)."""
-        kernel = self.kernel(taps)
-        if taps == 1:
-            return per_frame(lambda frames: F.conv2d(frames, kernel.squeeze(2), self.bias, padding=self.padding[1:]), x)
+    # Evaluation
+
+    def convolve(self, x: torch.Tensor) -> torch.Tensor:
+        """The plain convolution without temporal padding: `T - slices + 1` frames, fewer with a temporal stride."""
+        fused = self.fused_3 if len(self.slices) == 3 else self.fused_2
+        kernel = fused if self.usable(fused) else self.plain_kernel()
         return F.conv3d(x, kernel, self.bias, self.stride, self.padding)
+
+    def convolve_frames(self, x: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Convolve every frame with one 2-D kernel, `(out, in, k, k)`."""
+        return per_frame(lambda frames: F.conv2d(frames, kernel, bias, padding=self.padding[1:]), x)
+
+    def convolve_static(self, x: torch.Tensor) -> torch.Tensor:
+        """One frame that stands for a static clip: every difference is zero and the anchor is all there is."""
+        return self.convolve_frames(x, self.static_kernel(), self.bias)
 
     def missing_past(self, x: torch.Tensor) -> torch.Tensor:
         """The frame before the first one, `(B, C, 1, H, W)`."""
-        first = x[:, :, :1]
-        return first if self.temporal_padding == "replicate" else torch.zeros_like(first)
+        return self.missing_neighbour(x[:, :, :1])
+
+    def missing_neighbour(self, nearest: torch.Tensor) -> torch.Tensor:
+        """What stands in for a frame that does not exist, given the nearest one that does."""
+        return nearest if self.temporal_padding == "replicate" else torch.zeros_like(nearest)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, slices={self.slices}, temporal_padding={self.temporal_padding}"
@@ -175,18 +187,22 @@ class GroupCausalConv3d(TemporalConv3d):
         super().__init__(in_channels, out_channels, kernel_size, **kwargs)
         self.group_size = group_size
 
-    def taps_in_use(self) -> tuple[int, ...]:
-        return (2,) if self.group_size == 1 else (3, 2)
-
-    def fold(self, taps: int) -> torch.Tensor:
-        if taps == 3:
-            return self.plain_kernel()
-        return self.last_frame_kernel()
-
     def last_frame_kernel(self) -> torch.Tensor:
-        """The 2-tap kernel of a group's last frame, whose future is missing, `(out, in, 2, k, k)`."""
+        """The 2-tap kernel of a group's last frame, whose future is missing, `(out, in, 2, k, k)`. Differentiable."""
         past, current, future = self.plain_kernel().unbind(2)
         return torch.stack([past, current if self.temporal_padding == "zeros" else current + future], dim=2)
+
+    def fuse(self) -> None:
+        self.unfuse()
+        with torch.no_grad():
+            outputs = self.winograd_outputs(self.weight, self.group_size)
+            if outputs:
+                kernel = self.plain_kernel()
+                self.fused_winograd = winograd.transform_kernel(kernel.float(), outputs).to(kernel)
+                return
+            self.fused_2 = self.last_frame_kernel().contiguous(memory_format=torch.channels_last_3d)
+            if self.group_size > 1:
+                self.fused_3 = self.plain_kernel().contiguous(memory_format=torch.channels_last_3d)
 
     def forward(self, x: torch.Tensor, cache: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Convolve a chunk of whole groups.
@@ -208,23 +224,63 @@ class GroupCausalConv3d(TemporalConv3d):
                 f"x has {frames} frames, not a multiple of group_size {group}: pass whole groups (repeat the last frame)"
             )
         if frames == 1 and cache is None:
-            y = self.convolve(x, taps=1)
+            y = self.convolve_static(x)
         else:
             past = self.missing_past(x) if cache is None else cache
-            y = self.convolve_groups(torch.cat([past, x], dim=2), group)
+            y = self.convolve_groups(x, past, group)
         return y, x[:, :, -1:].clone()
 
-    def convolve_groups(self, x: torch.Tensor, group: int) -> torch.Tensor:
-        """Convolve `1 + n * group` frames, the first of which is the past of the first group, to `n * group` frames."""
+    def convolve_groups(self, x: torch.Tensor, past: torch.Tensor, group: int) -> torch.Tensor:
+        """Convolve whole groups; `past` is the frame before the first one."""
         if group == 1:
-            return self.convolve(x, taps=2)
+            return self.convolve_pairs(torch.cat([past, x[:, :, :-1]], dim=2), x)
+        outputs = self.winograd_outputs(x, group)
+        if outputs and (self.evaluation == "winograd" or self.usable(self.fused_winograd) or x[0, 0].numel() >= 1024):
+            return self.convolve_winograd(x, past, group, outputs)
+        return self.convolve_directly(x, past, group)
+
+    def convolve_pairs(self, past: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Convolve frames that have a past and no future: two taps."""
+        kernel = self.fused_2 if self.usable(self.fused_2) else self.last_frame_kernel()
+        return self.convolve_frames(past, kernel[:, :, 0], None) + self.convolve_frames(x, kernel[:, :, 1], self.bias)
+
+    def convolve_directly(self, x: torch.Tensor, past: torch.Tensor, group: int) -> torch.Tensor:
+        """Three taps for all frames but a group's last one, which takes two."""
         batch, channels, frames, height, width = x.shape
-        windows = x.unfold(2, group + 1, group)  # (B, C, n, H, W, group + 1)
+        windows = torch.cat([past, x], dim=2).unfold(2, group + 1, group)  # (B, C, n, H, W, group + 1)
         windows = windows.permute(0, 2, 5, 3, 4, 1).reshape(-1, group + 1, height, width, channels).movedim(-1, 1)
-        inner = self.convolve(windows, taps=3)  # (B * n, C_out, group - 1, H, W)
-        last = self.convolve(windows[:, :, -2:], taps=2)  # (B * n, C_out, 1, H, W)
+        inner = self.convolve(windows)  # (B * n, C_out, group - 1, H, W)
+        last = self.convolve_pairs(windows[:, :, -2:-1], windows[:, :, -1:])  # (B * n, C_out, 1, H, W)
         y = torch.cat([inner, last], dim=2).movedim(1, -1)
-        return y.reshape(batch, frames - 1, height, width, self.out_channels).movedim(-1, 1)
+        return y.reshape(batch, frames, height, width, self.out_channels).movedim(-1, 1)
+
+    def winograd_outputs(self, x: torch.Tensor, group: int) -> int:
+        """Which F(m, 3) serves a tensor like `x` in groups of `group`: its m, or 0 for direct evaluation."""
+        if self.evaluation == "direct" or group % 2 != 0 or (self.evaluation == "auto" and x.device.type != "cpu"):
+            return 0
+        low_precision = x.dtype != torch.float32 or torch.is_autocast_enabled(x.device.type)
+        return 2 if low_precision or group % 4 != 0 else 4
+
+    def convolve_winograd(self, x: torch.Tensor, past: torch.Tensor, group: int, outputs: int) -> torch.Tensor:
+        """Evaluate tiles of `outputs` frames by F(outputs, 3)."""
+        kernels = self.fused_winograd
+        if not self.usable(kernels) or len(kernels) != outputs + 2:
+            kernel = self.plain_kernel()
+            kernels = winograd.transform_kernel(kernel.float(), outputs).to(kernel)
+        inside = [x[:, :, i::outputs] for i in range(outputs)]  # outputs times (B, C, tiles, H, W)
+        before = torch.cat([past, inside[-1][:, :, :-1]], dim=2)
+        after = self.missing_neighbour(inside[-1])
+        if group > outputs:  # only the last tile of a group misses its future
+            within = torch.cat([inside[0][:, :, 1:], inside[0][:, :, :1]], dim=2).unflatten(2, (-1, group // outputs))
+            at_end = after.unflatten(2, (-1, group // outputs))
+            after = torch.cat([within[:, :, :, :-1], at_end[:, :, :, -1:]], dim=3).flatten(2, 3)
+        products = winograd.transform_frames([before, *inside, after])
+        products = [
+            self.convolve_frames(frames, kernel, self.bias if i == winograd.BIASED_PRODUCT else None)
+            for i, (frames, kernel) in enumerate(zip(products, kernels, strict=True))
+        ]
+        y = torch.stack([frames.movedim(1, -1) for frames in winograd.combine_products(products)], dim=2)
+        return y.flatten(1, 2).movedim(-1, 1)
 
 
 class GroupCausalTDC(GroupCausalConv3d):
@@ -236,7 +292,7 @@ class GroupCausalTDC(GroupCausalConv3d):
         return fold_tdc(self.weight, self.anchor)
 
     def static_kernel(self) -> torch.Tensor:
-        return self.weight[:, :, 1:2] if self.temporal_padding == "replicate" else super().static_kernel()
+        return self.weight[:, :, 1] if self.temporal_padding == "replicate" else super().static_kernel()
 
     def last_frame_kernel(self) -> torch.Tensor:
         if self.temporal_padding == "zeros":
@@ -263,7 +319,7 @@ class CausalConv3d(TemporalConv3d):
         past = torch.cat([self.missing_past(x)] * 2, dim=2) if cache is None else cache
         extended = torch.cat([past, x], dim=2)
         static = x.shape[2] == 1 and cache is None
-        y = self.convolve(x, taps=1) if static else self.convolve(extended, taps=3)
+        y = self.convolve_static(x) if static else self.convolve(extended)
         return y, extended[:, :, -2:].clone()
 
 
@@ -276,7 +332,7 @@ class CausalTDC(CausalConv3d):
         return fold_tdc(self.weight, self.anchor)
 
     def static_kernel(self) -> torch.Tensor:
-        return self.weight[:, :, 2:] if self.temporal_padding == "replicate" else super().static_kernel()
+        return self.weight[:, :, 2] if self.temporal_padding == "replicate" else super().static_kernel()
 
 
 class TemporalInteractionConv3d(TemporalConv3d):
@@ -300,10 +356,10 @@ class TemporalInteractionConv3d(TemporalConv3d):
             ValueError: if T is odd and not 1.
         """
         if x.shape[2] == 1:
-            return self.convolve(x, taps=1)
+            return self.convolve_static(x)
         if x.shape[2] % 2 != 0:
             raise ValueError(f"x has {x.shape[2]} frames, it must be an even number (or 1): repeat the last frame")
-        return self.convolve(x, taps=2)
+        return self.convolve(x)
 
 
 class TemporalInteractionTDC(TemporalInteractionConv3d):
@@ -315,7 +371,7 @@ class TemporalInteractionTDC(TemporalInteractionConv3d):
         return fold_tdc(self.weight, self.anchor)
 
     def static_kernel(self) -> torch.Tensor:
-        return self.weight[:, :, 1:] if self.temporal_padding == "replicate" else super().static_kernel()
+        return self.weight[:, :, 1] if self.temporal_padding == "replicate" else super().static_kernel()
 
 
 _TDC_OF = {
