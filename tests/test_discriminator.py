@@ -81,6 +81,7 @@ class TestBatch:
 
 
 class TestPrecision:
+    @torch.no_grad()
     def test_bfloat16_weights_and_autocast(self):
         discriminator, clips = _discriminator(), _clips(1, 3, 4, 32, 32)
         exact = discriminator(clips)
