@@ -51,6 +51,11 @@ def unfold_tdc(kernel: torch.Tensor, anchor: int) -> torch.Tensor:
     return torch.stack(slices, dim=2)
 
 
+def frame_kernels(kernel: torch.Tensor) -> torch.Tensor:
+    """Cut `(out, in, slices, k, k)` into 2-D kernels `(slices, out, in, k, k)`, each dense in `channels_last`."""
+    return kernel.permute(2, 0, 3, 4, 1).contiguous().permute(0, 1, 4, 2, 3)
+
+
 def per_frame(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Apply a 2-D module to every frame of `(B, C, T, H, W)`: time folds into the batch (free in `channels_last_3d`)."""
     y = module(x.transpose(1, 2).flatten(0, 1))
@@ -198,9 +203,9 @@ class GroupCausalConv3d(TemporalConv3d):
             outputs = self.winograd_outputs(self.weight, self.group_size)
             if outputs:
                 kernel = self.plain_kernel()
-                self.fused_winograd = winograd.transform_kernel(kernel.float(), outputs).to(kernel)
+                self.fused_winograd = winograd.transform_kernel(kernel, outputs)
                 return
-            self.fused_2 = self.last_frame_kernel().contiguous(memory_format=torch.channels_last_3d)
+            self.fused_2 = frame_kernels(self.last_frame_kernel())
             if self.group_size > 1:
                 self.fused_3 = self.plain_kernel().contiguous(memory_format=torch.channels_last_3d)
 
@@ -235,14 +240,16 @@ class GroupCausalConv3d(TemporalConv3d):
         if group == 1:
             return self.convolve_pairs(torch.cat([past, x[:, :, :-1]], dim=2), x)
         outputs = self.winograd_outputs(x, group)
-        if outputs and (self.evaluation == "winograd" or self.usable(self.fused_winograd) or x[0, 0].numel() >= 1024):
+        if outputs and (
+            self.evaluation == "winograd" or self.usable(self.fused_winograd) or group * x[0, 0, 0].numel() >= 1024
+        ):
             return self.convolve_winograd(x, past, group, outputs)
         return self.convolve_directly(x, past, group)
 
     def convolve_pairs(self, past: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Convolve frames that have a past and no future: two taps."""
-        kernel = self.fused_2 if self.usable(self.fused_2) else self.last_frame_kernel()
-        return self.convolve_frames(past, kernel[:, :, 0], None) + self.convolve_frames(x, kernel[:, :, 1], self.bias)
+        kernels = self.fused_2 if self.usable(self.fused_2) else frame_kernels(self.last_frame_kernel())
+        return self.convolve_frames(past, kernels[0], None) + self.convolve_frames(x, kernels[1], self.bias)
 
     def convolve_directly(self, x: torch.Tensor, past: torch.Tensor, group: int) -> torch.Tensor:
         """Three taps for all frames but a group's last one, which takes two."""
@@ -266,7 +273,7 @@ class GroupCausalConv3d(TemporalConv3d):
         kernels = self.fused_winograd
         if not self.usable(kernels) or len(kernels) != outputs + 2:
             kernel = self.plain_kernel()
-            kernels = winograd.transform_kernel(kernel.float(), outputs).to(kernel)
+            kernels = winograd.transform_kernel(kernel, outputs)
         inside = [x[:, :, i::outputs] for i in range(outputs)]  # outputs times (B, C, tiles, H, W)
         before = torch.cat([past, inside[-1][:, :, :-1]], dim=2)
         after = self.missing_neighbour(inside[-1])
@@ -395,10 +402,12 @@ def _twin(layer: TemporalConv3d, twin_class: type[TemporalConv3d], weight: torch
         dtype=weight.dtype,
         **settings,
     )
+    twin.evaluation = layer.evaluation
     with torch.no_grad():
         twin.weight.copy_(weight)
         if layer.bias is not None:
-            twin.bias.copy_(layer.bias)
+            twin.bias.copy_(layer.bias).requires_grad_(layer.bias.requires_grad)
+    twin.weight.requires_grad_(layer.weight.requires_grad)
     return twin.train(layer.training)
 
 

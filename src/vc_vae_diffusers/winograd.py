@@ -15,7 +15,12 @@ BIASED_PRODUCT = 1
 
 
 def transform_kernel(kernel: torch.Tensor, outputs: int) -> torch.Tensor:
-    """Map a plain kernel `(out, in, 3, k, k)` to the 2-D kernels `(outputs + 2, out, in, k, k)` of F(outputs, 3)."""
+    """Map a plain kernel `(out, in, 3, k, k)` to the 2-D kernels `(outputs + 2, out, in, k, k)` of F(outputs, 3).
+
+    Sums are made in float32 at least, and the result is of the kernel's dtype.
+    """
+    dtype = kernel.dtype
+    kernel = kernel.to(torch.promote_types(dtype, torch.float32))
     past, middle, future = kernel.permute(2, 0, 3, 4, 1)  # channels last, which is how 2-D convolutions are fastest
     if outputs == 2:
         even, odd = (past + future) / 2, middle / 2
@@ -24,7 +29,7 @@ def transform_kernel(kernel: torch.Tensor, outputs: int) -> torch.Tensor:
         even, odd = (past + future) / -6, middle / -6
         even2, odd2 = past / 24 + future / 6, middle / 12
         products = [past / 4, even + odd, even - odd, even2 + odd2, even2 - odd2, future]
-    return torch.stack(products).permute(0, 1, 4, 2, 3)
+    return torch.stack(products).permute(0, 1, 4, 2, 3).to(dtype)
 
 
 def transform_frames(frames: list[torch.Tensor]) -> list[torch.Tensor]:
