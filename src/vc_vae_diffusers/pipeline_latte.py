@@ -19,6 +19,7 @@ from diffusers.video_processor import VideoProcessor
 from transformers import T5EncoderModel, T5Tokenizer
 
 from .autoencoder_kl_vcvae import AutoencoderKLVCVAE
+from .hub import HubPipelineMixin
 from .latte_transformer import LatteAdaLNTransformer3DModel
 
 LEARNED_VARIANCES = ("learned", "learned_range")
@@ -89,7 +90,7 @@ def decode_video(
     return video
 
 
-class LatteVCVAEPipeline(LattePipeline):
+class LatteVCVAEPipeline(HubPipelineMixin, LattePipeline):
     """Text to video: diffusers' `LattePipeline` with an `AutoencoderKLVCVAE`.
 
     All arguments are those of `LattePipeline`. `video_length` is the number of frames that come back; the transformer,
@@ -138,7 +139,7 @@ class LatteVCVAEPipeline(LattePipeline):
         return decode_video(self.vae, latents, video_length, decode_chunk_size)
 
 
-class LatteVCVAEUnconditionalPipeline(DiffusionPipeline):
+class LatteVCVAEUnconditionalPipeline(HubPipelineMixin, DiffusionPipeline):
     """Sample videos without a prompt, or by class label, as the paper does with Latte-XL on SkyTimelapse (Fig. 7).
 
     Args:
