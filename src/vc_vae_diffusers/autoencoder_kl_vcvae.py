@@ -381,7 +381,9 @@ class AutoencoderKLVCVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         Args:
             z: `(B, latent_channels, n, h, w)`, unscaled.
             return_dict: False gives a tuple.
-            num_frames: T of the clip that was encoded; None gives all `r_t * n` frames (`r_t * n - r_t + 1` for `"4k+1"`).
+            num_frames: T of the clip that was encoded, or fewer frames to keep from its start (not for `"4k+1"`, which
+                repeated the first frame as often as T asked for); None gives all `r_t * n` frames (`r_t * n - r_t + 1` for
+                `"4k+1"`).
 
         Returns:
             The frames, `(B, C, T, H, W)`, as `.sample`, not clamped.

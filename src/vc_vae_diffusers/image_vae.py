@@ -268,13 +268,13 @@ def _guess_config(state: dict[str, torch.Tensor], source: str, assumptions: list
     latent_channels = state["decoder.conv_in.weight"].shape[1]
     if latent_channels not in _FACTORS:
         raise ValueError(
-            f"{source} has {latent_channels} latent channels and comes without a configuration, so that its scaling factor is "
-            "unknown: pass the folder of a diffusers VAE"
+            f"{source} has {latent_channels} latent channels and comes without a configuration, so that its scaling factor "
+            "is unknown: pass the folder of a diffusers VAE"
         )
     scaling_factor, shift_factor, family = _FACTORS[latent_channels]
     assumptions.append(
-        f"no configuration came with the file: scaling_factor {scaling_factor} and shift_factor {shift_factor} of {family} and "
-        "32 norm groups were assumed (others share the shapes: pass scaling_factor and shift_factor for them)"
+        f"no configuration came with the file: scaling_factor {scaling_factor} and shift_factor {shift_factor} of {family} "
+        "and 32 norm groups were assumed (others share the shapes: pass scaling_factor and shift_factor for them)"
     )
     return {
         "in_channels": state["encoder.conv_in.weight"].shape[1],

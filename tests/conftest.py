@@ -1,0 +1,82 @@
+"""What the tests share: small models with nothing left at its initial identity, and moving test video."""
+
+import weakref
+from collections.abc import Callable, Iterable
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from vc_vae_diffusers.autoencoder_kl_vcvae import AutoencoderKLVCVAE
+
+TINY = {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4}
+
+
+@pytest.fixture
+def make_vae() -> Callable[..., AutoencoderKLVCVAE]:
+    """A factory of tiny models: `make_vae(**config)`. All weights are random, also those that start as an identity."""
+
+    def make(seed: int = 0, **config) -> AutoencoderKLVCVAE:
+        torch.manual_seed(seed)
+        vae = AutoencoderKLVCVAE(**{**TINY, **config}).eval()
+        with torch.no_grad():
+            for name, parameter in vae.named_parameters():
+                if "temporal_" in name or "norm" in name:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.2)
+        return vae
+
+    return make
+
+
+@pytest.fixture
+def make_video() -> Callable[..., torch.Tensor]:
+    """A factory of clips in [-1, 1] without two equal frames: `make_video(frames, height=16, width=24, batch=1)`."""
+
+    def make(frames: int, height: int = 16, width: int = 24, batch: int = 1, seed: int = 0) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        waves = torch.rand(batch, 3, 1, 3, generator=generator) * 3 + 0.5
+        grid = torch.stack(
+            torch.meshgrid(
+                torch.arange(frames) * 0.9, torch.arange(height) * 0.35, torch.arange(width) * 0.35, indexing="ij"
+            ),
+            dim=-1,
+        )
+        clean = torch.sin((waves[:, :, :, None, None] * grid).sum(-1))
+        noise = torch.rand(batch, 3, frames, height, width, generator=generator) * 2 - 1
+        return (0.7 * clean + 0.3 * noise).clamp(-1, 1)
+
+    return make
+
+
+class LiveMemory(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations make and that are still alive, and their peak."""
+
+    def __init__(self, known: Iterable[torch.Tensor] = ()):
+        super().__init__()
+        self.sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
+        self.live = self.peak = 0
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.names.add(func.__name__)
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.sizes:
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        self.sizes[storage._cdata] = storage.nbytes()
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._remove, storage._cdata)
+
+    def _remove(self, key: int) -> None:
+        self.live -= self.sizes.pop(key)
+
+
+@pytest.fixture
+def live_memory() -> type[LiveMemory]:
+    """A context that measures the peak of live tensor memory: `with live_memory(known_tensors) as memory`."""
+    return LiveMemory
