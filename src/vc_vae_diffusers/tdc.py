@@ -274,7 +274,7 @@ class GroupCausalConv3d(TemporalConv3d):
         if not self.usable(kernels) or len(kernels) != outputs + 2:
             kernel = self.plain_kernel()
             kernels = winograd.transform_kernel(kernel, outputs)
-        inside = [x[:, :, i::outputs] for i in range(outputs)]  # outputs times (B, C, tiles, H, W)
+        inside = x.unflatten(2, (-1, outputs)).unbind(3)  # outputs times (B, C, tiles, H, W)
         before = torch.cat([past, inside[-1][:, :, :-1]], dim=2)
         after = self.missing_neighbour(inside[-1])
         if group > outputs:  # only the last tile of a group misses its future
