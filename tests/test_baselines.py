@@ -502,7 +502,7 @@ def test_vcvae_streams_what_it_reconstructs_whole(config, separate_first):
 
 def test_vcvae_4k_plus_1_stream_needs_its_length():
     model = wrap_model(_vcvae(frame_convention="4k+1").eval())
-    with pytest.raises(ValueError, match="needs a stream's length"):
+    with pytest.raises(ValueError, match="needs the length of a stream"):
         next(model.reconstruct_stream([_video(4, 32)]))
 
 

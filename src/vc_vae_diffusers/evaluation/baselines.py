@@ -62,6 +62,7 @@ class Reconstructor(ABC):
         temporal_compression, spatial_compression, latent_channels: of the latents.
         spatial_multiple: height and width that `encode` accepts are multiples of it.
         streams: whether `reconstruct_stream` needs memory for a few frames only.
+        needs_length: whether it must be told the number of frames.
         settings: what else was decided for this model, for the result file.
     """
 
@@ -73,6 +74,7 @@ class Reconstructor(ABC):
     spatial_multiple = 1
     latent_channels: int | None = None
     streams = False
+    needs_length = False
 
     def __init__(self, *, posterior: str = "mode"):
         self.posterior = posterior

@@ -1,0 +1,105 @@
+"""The command `vcvae evaluate`, as a plain function for the command line to register."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .loading import ModelSpec
+from .protocols import load_protocol, protocol_names
+from .runner import RunOptions, run_evaluation
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+UNITS = {"psnr": "dB", "temporal_difference_psnr": "dB"}
+
+
+def evaluate(
+    model: Annotated[
+        list[str],
+        typer.Option(
+            help="SOURCE or LABEL=SOURCE, any number of times. A source is a baseline's name (wan2.1, cogvideox, "
+            "hunyuanvideo, ltx, mochi, cosmos, flux, sd3.5), vcvae-tiny, original, a folder, a hub id, inflate:IMAGE_VAE "
+            "(an untrained VC-VAE), an adapter file (FILE.py or FILE.py:CHECKPOINT), or samples:FOLDER (generated videos)."
+        ),
+    ],
+    data: Annotated[Path, typer.Option(help="Folder of videos or images.")],
+    out: Annotated[Path, typer.Option(help="Result file (JSON). An unfinished run is continued, a finished one extended.")],
+    protocol: Annotated[
+        str, typer.Option(help="A preset or a YAML file. Presets: " + ", ".join(protocol_names()) + ".")
+    ] = "folder",
+    samples: Annotated[Path | None, typer.Option(help="Text file with one path a line, relative to --data.")] = None,
+    metrics: Annotated[str | None, typer.Option(help="Comma-separated, instead of the protocol's.")] = None,
+    num_frames: Annotated[int | None, typer.Option(help="Frames scored per video; 0 for whole videos.")] = None,
+    size: Annotated[int | None, typer.Option(help="Short side and centre crop in pixels; 0 keeps the size.")] = None,
+    max_samples: Annotated[int | None, typer.Option(help="Take so many samples.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the models: float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; by default the best one.")] = None,
+    save_frames: Annotated[int, typer.Option(help="Keep frames of so many samples, for the report's figures.")] = 0,
+    weights: Annotated[Path | None, typer.Option(help="Folder with the weights of the metrics' networks.")] = None,
+    token: Annotated[str | None, typer.Option(help="Hub token, for gated repositories.")] = None,
+) -> None:
+    """Measure reconstruction by a recorded protocol. Run it under `accelerate launch` for several processes."""
+    if dtype not in DTYPES:
+        raise typer.BadParameter(f"{dtype!r} is none of {', '.join(DTYPES)}", param_hint="--dtype")
+    overrides: dict[str, Any] = {}
+    if metrics is not None:
+        overrides["metrics"] = tuple(name.strip() for name in metrics.split(",") if name.strip())
+    if max_samples is not None:
+        overrides["max_samples"] = max_samples
+    for name, value in (("num_frames", num_frames), ("size", size)):
+        if value is not None:
+            overrides[name] = value or None
+    main = int(os.environ.get("RANK", "0")) == 0
+    console = Console(stderr=True, quiet=not main)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bars:
+        tasks: dict[str, Any] = {}
+
+        def progress(label: str, done: int, total: int) -> None:
+            if label not in tasks:
+                tasks[label] = bars.add_task(label, total=total)
+            bars.update(tasks[label], completed=done)
+
+        options = RunOptions(
+            device=device,
+            dtype=DTYPES[dtype],
+            list_file=samples,
+            weights=weights,
+            saved_samples=save_frames,
+            token=token,
+            progress=progress,
+        )
+        specs = [ModelSpec.parse(text) for text in model]
+        result = run_evaluation(specs, load_protocol(protocol, overrides), data, out, options)
+    if main:
+        Console().print(summary_table(result))
+    for entry in result["models"]:
+        for warning in entry["warnings"]:
+            console.print(f"[yellow]{entry['label']}: {warning}[/yellow]")
+    console.print(f"Wrote {out}")
+
+
+def summary_table(result: dict[str, Any]) -> Table:
+    """The averages of a result, one row a model."""
+    names = list(dict.fromkeys(name for entry in result["models"] for name in entry["metrics"]))
+    table = Table(title=f"{result['protocol']['name']}, {result['samples']['count']} samples")
+    table.add_column("model")
+    for name in names:
+        table.add_column(f"{name} ({UNITS[name]})" if name in UNITS else name, justify="right")
+    for entry in result["models"]:
+        values = [entry["metrics"].get(name) for name in names]
+        table.add_row(entry["label"], *("" if value is None else f"{value['mean']:.5g}" for value in values))
+    return table

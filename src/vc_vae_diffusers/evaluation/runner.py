@@ -1,0 +1,296 @@
+"""Runs a protocol over models and samples: resumable after a kill, on one process or many, with one result file.
+
+Every sample is measured on its own and written to a journal beside the result file. Processes share the samples out among
+themselves; whoever measures a sample, its record is the same, and averages are taken in the order of the list. So a
+restarted or distributed run ends in the numbers of an undisturbed one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from .baselines import Reconstructor
+from .journal import Journal, file_name
+from .loading import SAMPLES, ModelSpec, load_model, state_digest
+from .networks import build_networks, check_clip_length
+from .protocols import Protocol
+from .results import find_model, new_result, package_versions, read_result, write_result
+from .samples import SampleList, list_samples
+from .scoring import MetricNetworks
+from .tasks import ClipTask, GenerationTask, ImageTask, Record, Task, Variant
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run is carried out; nothing here may change a number beyond rounding, but `dtype`, which is recorded.
+
+    Args:
+        device: e.g. `"cuda"`; None lets accelerate choose one for each process.
+        dtype: of the models; metrics are always float32.
+        list_file: the samples, instead of all files of the data folder.
+        weights: folder or file with the metric networks' weights, instead of the default places.
+        saved_samples: of so many samples the first frames are kept as PNG, for the report's figures.
+        token: for gated repositories.
+        progress: called with (row label, samples done by this process, samples it has to do).
+    """
+
+    device: str | None = None
+    dtype: torch.dtype = torch.float32
+    list_file: str | Path | None = None
+    weights: str | Path | None = None
+    saved_samples: int = 0
+    token: str | None = None
+    progress: Progress | None = None
+
+
+def run_evaluation(
+    models: Sequence[ModelSpec], protocol: Protocol, data: str | Path, out: str | Path, options: RunOptions | None = None
+) -> dict[str, Any]:
+    """Evaluate models by one protocol and write the result file.
+
+    If `out` exists, its models are kept and those that are missing are added; a journal beside it is continued. Under
+    `accelerate launch` all processes call this, and share a file system.
+
+    Args:
+        models: what to evaluate, one row or more each.
+        protocol: how.
+        data: the folder of videos or images.
+        out: the result file (JSON).
+        options: device, dtype and the like.
+
+    Returns:
+        The result, as in the file, in every process.
+
+    Raises:
+        ValueError: for data, models or a file at `out` that do not fit, naming what to do.
+        MissingWeightsError: if a metric's weights are missing.
+        RuntimeError: if no sample could be measured.
+    """
+    options = options or RunOptions()
+    out = Path(out)
+    labels = [spec.label for spec in models]
+    if len(set(labels)) != len(labels):
+        raise ValueError(f"models have the labels {', '.join(labels)}, but each must have its own: use LABEL=SOURCE")
+    state = PartialState(cpu=True) if options.device == "cpu" else PartialState()
+    device = state.device if options.device is None else torch.device(options.device)
+    check_clip_length(protocol)
+    samples = list_samples(data, protocol, options.list_file)
+    networks = build_networks(protocol, device, options.weights)
+    result = _result_so_far(out, protocol, samples)
+    frames_folder = out.with_name(f"{out.stem}_frames") if options.saved_samples else None
+    if frames_folder is not None:
+        result["frames"] = {
+            "folder": frames_folder.name,
+            "samples": [s.name for s in samples.samples[: options.saved_samples]],
+        }
+    task = _make_task(protocol, samples, networks, frames_folder, options.saved_samples)
+    for spec in models:
+        for entry in _evaluate_model(spec, task, result, out, state, device, options):
+            result["models"] = [kept for kept in result["models"] if kept["label"] != entry["label"]] + [entry]
+            if state.is_main_process:
+                write_result(out, result)
+        state.wait_for_everyone()
+    if state.is_main_process:
+        _remove_journals(out)
+    state.wait_for_everyone()
+    return read_result(out)
+
+
+def _make_task(
+    protocol: Protocol, samples: SampleList, networks: MetricNetworks, frames_folder: Path | None, saved_samples: int
+) -> Task:
+    kinds = {"video": ClipTask, "image": ImageTask, "generation": GenerationTask}
+    return kinds[protocol.kind](protocol, samples, networks, frames_folder, saved_samples)
+
+
+def _result_so_far(out: Path, protocol: Protocol, samples: SampleList) -> dict[str, Any]:
+    description = {
+        "root": str(samples.root),
+        "source": samples.source,
+        "count": len(samples.samples),
+        "sha256": samples.sha256,
+        "names": [sample.name for sample in samples.samples],
+    }
+    fresh = new_result(protocol.to_dict(), description)
+    if not out.exists():
+        return fresh
+    found = read_result(out)
+    if found["protocol"] != fresh["protocol"]:
+        changed = sorted(k for k in fresh["protocol"] if found["protocol"].get(k) != fresh["protocol"][k])
+        raise ValueError(
+            f"{out} holds results of another protocol (it differs in {', '.join(changed)}); choose another file"
+        )
+    if found["samples"]["sha256"] != description["sha256"]:
+        raise ValueError(
+            f"{out} holds results of {found['samples']['count']} other samples (here are {description['count']}); "
+            "choose another file"
+        )
+    return found
+
+
+def _evaluate_model(
+    spec: ModelSpec,
+    task: Task,
+    result: Mapping[str, Any],
+    out: Path,
+    state: PartialState,
+    device: torch.device,
+    options: RunOptions,
+) -> list[dict[str, Any]]:
+    """The rows of one model that the result does not have yet."""
+    generated = isinstance(task, GenerationTask)
+    if generated != spec.source.startswith(SAMPLES):
+        rule = "generated videos: LABEL=samples:FOLDER" if generated else "a model, not a folder of samples"
+        raise ValueError(f"model is {spec.source!r}, but protocol {task.protocol.name!r} takes {rule}")
+    model = None
+    if not generated:
+        model = load_model(spec, device=device, dtype=options.dtype, posterior=task.protocol.posterior, token=options.token)
+    identity = _describe(model, spec, task, device, options)
+    entries = []
+    for variant in [Variant(spec.label)] if model is None else task.variants(model, spec.label):
+        present = find_model(result, variant.label)
+        if present is not None:
+            differing = sorted(key for key in identity if present.get(key) != identity[key])
+            if differing:
+                raise ValueError(
+                    f"{out} has a model labelled {variant.label!r} with another {', '.join(differing)}; "
+                    "give this one another label, or write another file"
+                )
+            logger.info("%s is in %s already", variant.label, out)
+            continue
+        records = _measure_all(model, spec, variant, task, {**identity, "label": variant.label}, out, state, options)
+        entries.append(_entry(variant, identity, records, task, spec))
+    return entries
+
+
+def _describe(
+    model: Reconstructor | None, spec: ModelSpec, task: Task, device: torch.device, options: RunOptions
+) -> dict[str, Any]:
+    """All that a row's numbers depend on besides protocol and samples; also the identity of its journal."""
+    description = {
+        "source": spec.source,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "packages": package_versions(),
+        "metric_backends": task.networks.backends,
+    }
+    if model is None:
+        return description
+    network = model.module
+    return {
+        **description,
+        "class": type(model).__name__ if network is None else type(network).__name__,
+        "dtype": str(options.dtype).removeprefix("torch."),
+        "parameters": 0 if network is None else sum(parameter.numel() for parameter in network.parameters()),
+        "weights_sha256": None if network is None else state_digest(network),
+        "separate_first_frame": model.separate_first,
+        "frame_rule": str(model.frame_rule),
+        "compression": [model.temporal_compression, model.spatial_compression, model.spatial_compression],
+        "latent_channels": model.latent_channels,
+        "streamed": model.streams,
+        "settings": model.settings,
+    }
+
+
+def _measure_all(
+    model: Reconstructor | None,
+    spec: ModelSpec,
+    variant: Variant,
+    task: Task,
+    identity: dict[str, Any],
+    out: Path,
+    state: PartialState,
+    options: RunOptions,
+) -> list[Record]:
+    """Measure what the journal does not have, this process's share of it; then read all of it, in the list's order."""
+    samples = task.samples(spec.source.removeprefix(SAMPLES))
+    header = {"protocol": task.protocol.to_dict(), "samples_sha256": task.data.sha256, **identity}
+    header["saved_frames_of"] = sorted(task.saved)
+    journal = Journal(_journal_root(out) / file_name(variant.label), header)
+    if state.is_main_process:
+        journal.create()
+    state.wait_for_everyone()
+    done = journal.records()
+    state.wait_for_everyone()  # nobody writes before everybody has read
+    pending = [sample for sample in samples if sample.name not in done][state.process_index :: state.num_processes]
+    if done:
+        logger.info("%s: continuing, %d of %d samples are measured", variant.label, len(done), len(samples))
+    journal.open(state.process_index)
+    try:
+        for count, sample in enumerate(pending):
+            if options.progress is not None:
+                options.progress(variant.label, count, len(pending))
+            journal.append(task.measure(model, sample, variant))
+        if options.progress is not None:
+            options.progress(variant.label, len(pending), len(pending))
+    finally:
+        journal.close()
+    state.wait_for_everyone()
+    records = journal.records()
+    return [records[sample.name] for sample in samples]
+
+
+def _entry(variant: Variant, identity: dict[str, Any], records: list[Record], task: Task, spec: ModelSpec) -> dict[str, Any]:
+    measured = [record for record in records if "skipped" not in record]
+    skipped = [record for record in records if "skipped" in record]
+    if not measured:
+        raise RuntimeError(f"no sample could be measured for {variant.label}; the first: {skipped[0]['skipped']}")
+    for record in skipped:
+        logger.warning("%s: skipped %s", variant.label, record["skipped"])
+    entry = {"label": variant.label, **identity, "image_as_video": variant.as_video}
+    entry["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    entry["measured"], entry["skipped"] = len(measured), skipped
+    entry["warnings"] = _warnings(task.protocol, len(measured), len(skipped))
+    entry.update(task.summarise(measured))
+    entry["timing"] = _timing(measured)
+    entry["videos"] = [task.video_values(record) for record in measured]
+    return entry
+
+
+def _warnings(protocol: Protocol, measured: int, skipped: int) -> list[str]:
+    warnings = []
+    if protocol.expected_samples is not None and measured != protocol.expected_samples:
+        warnings.append(f"{measured} samples were measured, the protocol means {protocol.expected_samples}")
+    if skipped:
+        warnings.append(f"{skipped} samples were skipped")
+    return warnings
+
+
+def _timing(records: list[Record]) -> dict[str, Any] | None:
+    """Milliseconds a frame, over all records; the first call of a process is slower and is counted."""
+    if "seconds" not in records[0]:
+        return None
+    frames = sum(record["frames"] for record in records)
+    totals = {half: sum(record["seconds"][half] for record in records) for half in ("encode", "decode")}
+    return {
+        "frames": frames,
+        **{f"{half}_seconds": total for half, total in totals.items()},
+        **{f"{half}_ms_per_frame": 1000 * total / frames for half, total in totals.items()},
+    }
+
+
+def _journal_root(out: Path) -> Path:
+    return out.with_name(f"{out.name}.partial")
+
+
+def _remove_journals(out: Path) -> None:
+    """The journals of models that are in the result; others belong to runs that may still be continued."""
+    root = _journal_root(out)
+    result = read_result(out)
+    for entry in result["models"]:
+        folder = root / file_name(entry["label"])
+        if (folder / "header.json").exists():
+            Journal(folder, {}).remove()
+    if root.is_dir() and not any(root.iterdir()):
+        root.rmdir()
