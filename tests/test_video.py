@@ -274,6 +274,17 @@ def test_variable_times_are_kept(tmp_path):
         with VideoReader(tmp_path / name) as reader:
             read = [time for _, stamps in reader.timed_chunks() for time in stamps]
         assert [round(float(t), 3) for t in read] == [float(t - times[0]) for t in times]
+    for rate in (Fraction(30000, 1001), Fraction(24000, 1001), Fraction(24)):
+        for name in ("source.mkv", "source.mp4"):  # Matroska's milliseconds come back as the exact rate
+            source = encode(tmp_path / name, numbered_frames(40), rate=rate)
+            with VideoReader(source) as reader, VideoWriter(tmp_path / "copy.mp4", reader.fps, threads=1) as writer:
+                for chunk, stamps in reader.timed_chunks():
+                    writer.write(chunk, stamps)
+            assert (reader.fps, probe(tmp_path / "copy.mp4").fps) == (rate, rate)
+            with VideoReader(tmp_path / "copy.mp4") as reader:
+                assert reader.count_frames() == 40
+                stamps = [time for _, stamps in reader.timed_chunks() for time in stamps]
+            assert stamps == [n / rate for n in range(40)]
     with pytest.raises(ValueError, match="does not come after"), VideoWriter(tmp_path / "b.mp4", 25) as writer:
         writer.write(numbered(2), [Fraction(1), Fraction(1)])
     writer = VideoWriter(tmp_path / "b.mp4", 25)

@@ -234,6 +234,10 @@ class VideoReader:
         limits = [n for n in (count, self._num_frames) if n is not None]
         return min(limits) if limits else None
 
+    def count_frames(self) -> int:
+        """How many frames a pass yields, exactly, by decoding once without converting them."""
+        return sum(1 for _ in self._pictures())
+
     def __iter__(self) -> Iterator[torch.Tensor]:
         for chunk, _ in self.timed_chunks():
             yield chunk

@@ -5,6 +5,7 @@ Not in the paper.
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 from collections.abc import Iterator, Sequence
@@ -29,7 +30,9 @@ from .video_decoding import (
 )
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".mkv"})
-_VARIABLE_TIME_BASE = Fraction(1, 90000)
+# Times this close to the constant rate are taken for it: Matroska rounds to milliseconds.
+_TIME_ROUNDING = Fraction(1, 1000)
+_TICKS_PER_SECOND = 10_000
 _PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
 
 
@@ -162,8 +165,8 @@ class VideoWriter:
 
         Args:
             frames: RGB; the first call fixes the size.
-            times: seconds of every frame, increasing, relative to any origin: keeps a variable frame rate. Given with the
-                first call or never; without it frames are 1 / fps apart.
+            times: seconds of every frame, increasing, relative to any origin: keeps a variable frame rate, and a constant
+                one exactly. Given with the first call or never; without it frames are 1 / fps apart.
         """
         if frames.ndim == 5 and frames.shape[0] == 1:
             frames = frames[0]
@@ -187,7 +190,7 @@ class VideoWriter:
             raise ValueError(f"frames: {width}x{height} after frames of {self._size[1]}x{self._size[0]}; keep one size.")
         if (time is None) != (self._first_time is None):
             raise ValueError("times: must be given with every call or with none.")
-        pts = self.num_frames if time is None else round((time - self._first_time) / _VARIABLE_TIME_BASE)
+        pts = self.num_frames if time is None else self._ticks(time - self._first_time)
         if pts <= self._last_pts:
             raise ValueError(f"times: {float(time):.6f} s of frame {self.num_frames} does not come after the one before.")
         if self._stream.height != height or self._stream.width != width:
@@ -200,6 +203,13 @@ class VideoWriter:
         if self._audio is not None:
             self._audio.copy_until(pts * frame.time_base)
         self._container.mux(self._stream.encode(frame))
+
+    def _ticks(self, time: Fraction) -> int:
+        """A time in units of the variable-rate time base, of which 1 / fps is a whole number."""
+        steps = round(time * self.fps)
+        if abs(time - steps / self.fps) <= min(_TIME_ROUNDING, 1 / (4 * self.fps)):
+            time = steps / self.fps
+        return round(time / self._stream.codec_context.time_base)
 
     def _converted(self, frame: av.VideoFrame) -> av.VideoFrame:
         if self._codec == "lossless":
@@ -235,7 +245,8 @@ class VideoWriter:
             stream.color_primaries, stream.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
         padded = odd and stream.pix_fmt == "yuv420p"
         stream.height, stream.width = (height + height % 2, width + width % 2) if padded else (height, width)
-        stream.codec_context.time_base = _VARIABLE_TIME_BASE if variable else 1 / self.fps
+        divisor = math.ceil(_TICKS_PER_SECOND / self.fps) if variable else 1
+        stream.codec_context.time_base = 1 / (self.fps * divisor)
         stream.time_base = stream.codec_context.time_base
         stream.codec_context.sample_aspect_ratio = self._aspect
         stream.thread_count = self._threads

@@ -1,0 +1,1 @@
+"""The subcommands of `vcvae`, one module each; `cli.py` registers them."""

@@ -1,0 +1,286 @@
+"""`vcvae reconstruct`: a video or image through the model and back, streamed, with its quality by frame range."""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections import deque
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.table import Table
+
+from vc_vae_diffusers import AutoencoderKLVCVAE
+
+from ..metrics.frame import SSIM_WINDOW, mean_over_frames, psnr, ssim
+from ..video import VideoReader, VideoWriter, write_image
+from .shared import (
+    CrfOption,
+    DeviceOption,
+    DtypeOption,
+    FpsOption,
+    FrameSize,
+    FramesOption,
+    GroupsOption,
+    JsonOption,
+    LosslessOption,
+    ModelOption,
+    ResizeOption,
+    StartOption,
+    StopOption,
+    SubfolderOption,
+    TileOption,
+    check_distinct,
+    check_output,
+    counted,
+    emit,
+    files_table,
+    frame_progress,
+    json_number,
+    load_model,
+    model_name,
+    needs_frame_count,
+)
+
+_MAX_RANGES = 8
+_VALUES = (-1.0, 1.0)
+
+
+def reconstruct(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="Video, image, folder of images or pattern.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Video (.mp4 .m4v .mov .mkv), or an image if IN is one.")],
+    model: ModelOption = None,
+    subfolder: SubfolderOption = None,
+    compare: Annotated[
+        Path | None, typer.Option("--compare", help="Also write source and reconstruction side by side to this file.")
+    ] = None,
+    tile: TileOption = None,
+    groups_per_chunk: GroupsOption = 1,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    start: StartOption = 0.0,
+    stop: StopOption = None,
+    num_frames: FramesOption = None,
+    fps: FpsOption = None,
+    resize: ResizeOption = None,
+    audio: Annotated[
+        bool, typer.Option("--audio", help="Copy the input's audio to the output, without re-encoding.")
+    ] = False,
+    crf: CrfOption = 16,
+    lossless: LosslessOption = False,
+    metrics: Annotated[bool, typer.Option("--metrics/--no-metrics", help="Measure PSNR and SSIM.")] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Encode and decode IN with the model, write the result to OUT, print PSNR and SSIM by frame range.
+
+    Streams from file to file: memory does not grow with the length of the video. Frame count, size and rate are kept.
+    """
+    with VideoReader(
+        source,
+        start_time=start or None,
+        stop_time=stop,
+        num_frames=num_frames,
+        fps=fps,
+        resize=resize,
+        batch_dim=True,
+        chunk_frames=max(16, 8 * groups_per_chunk),
+    ) as reader:
+        image = reader.info.kind == "image"
+        check_output(out, image=image)
+        if compare is not None:
+            check_output(compare, image=image, option="--compare")
+        check_distinct(IN=source, OUT=out, **{"--compare": compare})
+        if audio and not reader.info.has_audio:
+            raise ValueError(f"--audio: {source} has no audio; leave the option out.")
+        vae = load_model(model, subfolder, device, dtype, tile, groups_per_chunk)
+        ends = [stop, None if num_frames is None else start + num_frames / float(reader.fps)]
+        end = min((e for e in ends if e is not None), default=None)
+        result = reconstruct_file(
+            vae,
+            reader,
+            out,
+            compare,
+            audio_range=(start, end) if audio else None,
+            crf=crf,
+            lossless=lossless,
+            with_metrics=metrics,
+        )
+    result = {"command": "reconstruct", "model": model_name(model, subfolder), **result}
+    files = {"reconstruction": out} | ({"side by side" if not image else "comparison": compare} if compare else {})
+    emit(result, as_json, *([quality_table(result)] if metrics else []), files_table(files))
+
+
+def reconstruct_file(
+    vae: AutoencoderKLVCVAE,
+    reader: VideoReader,
+    out: Path,
+    compare: Path | None = None,
+    *,
+    audio_range: tuple[float, float | None] | None = None,
+    crf: float = 16,
+    lossless: bool = False,
+    with_metrics: bool = True,
+) -> dict[str, Any]:
+    """Stream a reader through the model into `out`, and side by side into `compare`.
+
+    Args:
+        audio_range: copy the reader's audio between these seconds.
+
+    Returns:
+        What was done and how good it is, ready for JSON.
+
+    Raises:
+        VideoReadError, VideoWriteError, ValueError: nothing is left at `out` and `compare` then but what was there before.
+    """
+    scores = FrameScores()
+    began, frames = time.perf_counter(), 0
+    image = reader.info.kind == "image"
+    settings = {
+        "crf": crf,
+        "codec": "lossless" if lossless else "h264",
+        "sample_aspect_ratio": reader.info.sample_aspect_ratio,
+    }
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        if not image:
+            sound = {}
+            if audio_range is not None:
+                sound = {"audio_from": reader.info.path, "audio_start": audio_range[0], "audio_stop": audio_range[1]}
+            writer = stack.enter_context(VideoWriter(out, reader.fps, **settings, **sound))
+            pair = stack.enter_context(VideoWriter(compare, reader.fps, **settings)) if compare else None
+        progress = stack.enter_context(frame_progress())
+        task = progress.add_task("reconstruct", total=reader.expected_frames)
+        stream = counted(reconstructed(vae, reader), progress, task, lambda item: item[0].shape[2])
+        for original, decoded, times in stream:
+            if with_metrics:
+                scores.add(decoded, original)
+            both = torch.cat([original, decoded], dim=-1) if compare else None
+            if image:
+                write_image(out, decoded[0])
+                if both is not None:
+                    write_image(compare, both[0])
+            else:
+                writer.write(decoded, times)
+                if pair is not None:
+                    pair.write(both, times)
+            frames += original.shape[2]
+    seconds = time.perf_counter() - began
+    return {
+        "input": reader.info.path,
+        "output": str(out),
+        "compare": str(compare) if compare else None,
+        "frames": frames,
+        "width": reader.width,
+        "height": reader.height,
+        "fps": str(reader.fps),
+        "device": str(vae.device),
+        "dtype": str(vae.dtype).removeprefix("torch."),
+        "seconds": round(seconds, 3),
+        "frames_per_second": round(frames / seconds, 3),
+        **(scores.summary() if with_metrics else {}),
+    }
+
+
+def reconstructed(
+    vae: AutoencoderKLVCVAE, reader: VideoReader
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[Fraction]]]:
+    """Source and reconstruction, both (1, 3, t, H, W) float32 in [-1, 1] on the CPU, with the frames' times, in step.
+
+    Lazy: the reader is asked for the frames of the next groups only when the ones before have been handed out. To be
+    consumed under `torch.no_grad()`.
+    """
+    size = FrameSize.of(reader.height, reader.width, vae.spatial_compression_ratio)
+    waiting = _Waiting()
+
+    def padded() -> Iterator[torch.Tensor]:
+        for chunk, times in reader.timed_chunks():
+            step = vae.temporal_compression_ratio * vae.groups_per_chunk
+            for i in range(0, len(times), step):
+                frames = chunk[:, :, i : i + step]
+                waiting.put(frames, times[i : i + step])
+                yield size.pad(frames).to(vae.device, vae.dtype)
+
+    count = reader.count_frames() if needs_frame_count(vae) else None
+    latents = (posterior.mode() for posterior in vae.encode_stream(padded(), num_frames=count))
+    for decoded in vae.decode_stream(latents, num_frames=count):
+        original, times = waiting.take(decoded.shape[2])
+        if original is None:
+            return  # frames that complete the last group
+        yield original, size.crop(decoded[:, :, : original.shape[2]]).float().clamp(-1, 1).cpu(), times
+
+
+@dataclass
+class _Waiting:
+    """Source frames that wait for their reconstruction: a group or two, by construction of the streams."""
+
+    frames: deque[torch.Tensor] = field(default_factory=deque)
+    times: deque[Fraction] = field(default_factory=deque)
+
+    def put(self, frames: torch.Tensor, times: list[Fraction]) -> None:
+        self.frames.extend(frames.unbind(2))
+        self.times.extend(times)
+
+    def take(self, count: int) -> tuple[torch.Tensor | None, list[Fraction]]:
+        """Up to `count` frames, fewer when no more came; None when there are none."""
+        count = min(count, len(self.frames))
+        if count == 0:
+            return None, []
+        frames = torch.stack([self.frames.popleft() for _ in range(count)], dim=2)
+        return frames, [self.times.popleft() for _ in range(count)]
+
+
+@dataclass
+class FrameScores:
+    """PSNR and SSIM of every frame, eight bytes each, and their means over ranges of frames."""
+
+    psnr: array = field(default_factory=lambda: array("f"))
+    ssim: array = field(default_factory=lambda: array("f"))
+
+    def add(self, decoded: torch.Tensor, original: torch.Tensor) -> None:
+        """Measure frames, (1, 3, t, H, W) in [-1, 1]; SSIM only where its window fits."""
+        self.psnr.extend(psnr(decoded, original, data_range=_VALUES)[0].tolist())
+        if min(original.shape[-2:]) >= SSIM_WINDOW:
+            self.ssim.extend(ssim(decoded, original, data_range=_VALUES)[0].tolist())
+
+    def _mean(self, start: int, stop: int) -> dict[str, Any]:
+        decibels = mean_over_frames(self.psnr[start:stop])
+        similar = mean_over_frames(self.ssim[start:stop]).mean if self.ssim else None
+        return {
+            "psnr": json_number(decibels.mean),
+            "ssim": json_number(similar),
+            "identical_frames": decibels.num_infinite,  # their PSNR is infinite and not part of the mean
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """Means over all frames and over at most eight ranges, ready for JSON; infinite and missing values are null."""
+        count = len(self.psnr)
+        step = -(-count // _MAX_RANGES)
+        ranges = [(begin, min(begin + step, count)) for begin in range(0, count, step)]
+        return {
+            **self._mean(0, count),
+            "ranges": [{"start": begin, "stop": end, **self._mean(begin, end)} for begin, end in ranges],
+        }
+
+
+def quality_table(result: dict[str, Any]) -> Table:
+    """PSNR and SSIM by frame range, and of the whole."""
+    title = f"{result['frames']} frames, {result['width']}x{result['height']}, {result['frames_per_second']:.1f} frames/s"
+    table = Table(title=title, title_justify="left")
+    for column in ("frames", "PSNR (dB)", "SSIM"):
+        table.add_column(column, justify="right")
+    for row in result["ranges"]:
+        table.add_row(f"{row['start']}-{row['stop'] - 1}", *_cells(row))
+    table.add_section()
+    table.add_row("all", *_cells(result))
+    return table
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, str]:
+    decibels = "identical" if row["psnr"] is None else f"{row['psnr']:.2f}"
+    return decibels, "-" if row["ssim"] is None else f"{row['ssim']:.4f}"
