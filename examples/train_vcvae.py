@@ -211,6 +211,8 @@ class Trainer:
             discriminator = PatchDiscriminator3D(
                 base_channels=config.loss.discriminator_channels, num_layers=config.loss.discriminator_layers
             )
+            if accelerator.device.type == "cpu":
+                training.pad_time_explicitly(discriminator)
             self.disc_optimizer = self._adamw(discriminator, rate)
             self.disc_scheduler = self._scheduler(self.disc_optimizer)
             self.discriminator, self.disc_optimizer = accelerator.prepare(discriminator, self.disc_optimizer)
