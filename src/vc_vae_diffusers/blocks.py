@@ -23,6 +23,7 @@ from .tdc import (
     TemporalConv3d,
     TemporalInteractionConv3d,
     TemporalInteractionTDC,
+    interleave,
     per_frame,
 )
 
@@ -92,33 +93,60 @@ class SpatialDownsample(nn.Module):
         return per_frame(lambda frames: self.conv(F.pad(frames, (0, 1, 0, 1))), x)
 
 
+class UpsampledConv2d(nn.Conv2d):
+    """Nearest-neighbour upsampling by two, then a 3x3 convolution.
+
+    On the CPU the two are one: an output pixel sees no more than 2x2 pixels of the small frame, and which ones depends on
+    whether its row and column are even. So four 2x2 convolutions do the work, 2.25 times cheaper, equal but for rounding.
+    """
+
+    def forward(self, frames: torch.Tensor) -> torch.Tensor:
+        if frames.device.type != "cpu" or frames[0, 0].numel() < 256:
+            return super().forward(F.interpolate(frames, scale_factor=2.0, mode="nearest"))
+        height, width = frames.shape[2:]
+        rows = []
+        for i, kernel_rows in enumerate(self.halves(self.weight, dim=2)):
+            row = []
+            for j, kernel in enumerate(self.halves(kernel_rows, dim=3)):
+                kernel = kernel.contiguous(memory_format=torch.channels_last)
+                y = F.conv2d(frames, kernel, self.bias, padding=1)[:, :, i : i + height, j : j + width]
+                row.append(y.permute(0, 2, 3, 1))
+            rows.append(torch.stack(row, dim=3))  # (N, H, W, 2, C)
+        y = torch.stack(rows, dim=2)  # (N, H, 2, W, 2, C)
+        return y.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def halves(kernel: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum the three taps along `dim` to the two that an even and an odd output see."""
+        first, middle, last = kernel.unbind(dim)
+        return torch.stack([first, middle + last], dim), torch.stack([first + middle, last], dim)
+
+
 class SpatialUpsample(nn.Module):
-    """Double H and W of every frame: nearest neighbour, then a 3x3 convolution."""
+    """Double H and W of every frame."""
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = UpsampledConv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return per_frame(lambda frames: self.conv(F.interpolate(frames, scale_factor=2.0, mode="nearest")), x)
+        return per_frame(self.conv, x)
 
 
 class TemporalUpsample(nn.Module):
-    """Double the number of frames: a 1x1x1 convolution C -> 2C and a pixel shuffle in time (Sec. 3.2, Eq. 4)."""
+    """Double the number of frames: a 1x1 convolution C -> 2C and a pixel shuffle in time (Sec. 3.2, Eq. 4)."""
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv3d(channels, 2 * channels, 1)
+        self.conv = nn.Conv2d(channels, 2 * channels, 1)
         with torch.no_grad():  # Eq. 4: both frames are the one they come from
             self.conv.weight.flatten(1).copy_(torch.eye(channels, device=self.conv.weight.device).repeat(2, 1))
             self.conv.bias.zero_()
 
     def forward(self, x: torch.Tensor, first_frame_alone: bool = False) -> torch.Tensor:
         """Map `(B, C, T, H, W)` to `(B, C, 2T, H, W)`; with `first_frame_alone`, one frame to its later half, one frame."""
-        earlier, later = self.conv(x).chunk(2, dim=1)
-        if first_frame_alone:
-            return later
-        return torch.stack([earlier, later], dim=3).flatten(2, 3)
+        halves = per_frame(self.conv, x).chunk(2, dim=1)
+        return halves[1] if first_frame_alone else interleave(halves)
 
 
 class DownBlock(nn.Module):

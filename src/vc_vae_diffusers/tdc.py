@@ -21,6 +21,8 @@ How a folded kernel is evaluated is a matter of speed and changes results by rou
 (`winograd.py`) for groups of two and four frames; see `TemporalConv3d.evaluation`.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -54,6 +56,16 @@ def unfold_tdc(kernel: torch.Tensor, anchor: int) -> torch.Tensor:
 def frame_kernels(kernel: torch.Tensor) -> torch.Tensor:
     """Cut `(out, in, slices, k, k)` into 2-D kernels `(slices, out, in, k, k)`, each dense in `channels_last`."""
     return kernel.permute(2, 0, 3, 4, 1).contiguous().permute(0, 1, 4, 2, 3)
+
+
+def shifted(past: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The frames before those of x: `past`, then all of x but its last frame."""
+    return past if x.shape[2] == 1 else torch.cat([past, x[:, :, :-1]], dim=2)
+
+
+def interleave(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Join n clips `(B, C, T, H, W)` by turns to `(B, C, n * T, H, W)`, in `channels_last_3d`."""
+    return torch.stack([part.movedim(1, -1) for part in parts], dim=2).flatten(1, 2).movedim(-1, 1)
 
 
 def per_frame(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -120,6 +132,10 @@ class TemporalConv3d(nn.Conv3d):
         """The kernel of the plain convolution that this layer equals, `(out, in, slices, k, k)`. Differentiable."""
         return self.weight
 
+    def two_tap_kernel(self) -> torch.Tensor:
+        """The kernel that serves where a frame has a past and no future, `(out, in, 2, k, k)`. Differentiable."""
+        raise NotImplementedError
+
     def static_kernel(self) -> torch.Tensor:
         """The 2-D kernel that serves where all frames are equal, `(out, in, k, k)`."""
         if self.temporal_padding == "zeros":
@@ -133,7 +149,7 @@ class TemporalConv3d(nn.Conv3d):
             if len(self.slices) == 3:
                 self.fused_3 = self.plain_kernel().contiguous(memory_format=torch.channels_last_3d)
             else:
-                self.fused_2 = self.plain_kernel().contiguous(memory_format=torch.channels_last_3d)
+                self.fused_2 = frame_kernels(self.two_tap_kernel())
 
     def unfuse(self) -> None:
         """Forget the folded kernels: they are computed from the slices at every call again."""
@@ -150,14 +166,18 @@ class TemporalConv3d(nn.Conv3d):
     # Evaluation
 
     def convolve(self, x: torch.Tensor) -> torch.Tensor:
-        """The plain convolution without temporal padding: `T - slices + 1` frames, fewer with a temporal stride."""
-        fused = self.fused_3 if len(self.slices) == 3 else self.fused_2
-        kernel = fused if self.usable(fused) else self.plain_kernel()
+        """The plain 3-tap convolution without temporal padding: T frames in, T - 2 out."""
+        kernel = self.fused_3 if self.usable(self.fused_3) else self.plain_kernel()
         return F.conv3d(x, kernel, self.bias, self.stride, self.padding)
 
     def convolve_frames(self, x: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Convolve every frame with one 2-D kernel, `(out, in, k, k)`."""
         return per_frame(lambda frames: F.conv2d(frames, kernel, bias, padding=self.padding[1:]), x)
+
+    def convolve_pairs(self, past: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Convolve frames that have a past and no future, given frame by frame: two taps."""
+        kernels = self.fused_2 if self.usable(self.fused_2) else frame_kernels(self.two_tap_kernel())
+        return self.convolve_frames(past, kernels[0], None) + self.convolve_frames(x, kernels[1], self.bias)
 
     def convolve_static(self, x: torch.Tensor) -> torch.Tensor:
         """One frame that stands for a static clip: every difference is zero and the anchor is all there is."""
@@ -192,8 +212,8 @@ class GroupCausalConv3d(TemporalConv3d):
         super().__init__(in_channels, out_channels, kernel_size, **kwargs)
         self.group_size = group_size
 
-    def last_frame_kernel(self) -> torch.Tensor:
-        """The 2-tap kernel of a group's last frame, whose future is missing, `(out, in, 2, k, k)`. Differentiable."""
+    def two_tap_kernel(self) -> torch.Tensor:
+        """For a group's last frame, whose future is missing."""
         past, current, future = self.plain_kernel().unbind(2)
         return torch.stack([past, current if self.temporal_padding == "zeros" else current + future], dim=2)
 
@@ -205,7 +225,7 @@ class GroupCausalConv3d(TemporalConv3d):
                 kernel = self.plain_kernel()
                 self.fused_winograd = winograd.transform_kernel(kernel, outputs)
                 return
-            self.fused_2 = frame_kernels(self.last_frame_kernel())
+            self.fused_2 = frame_kernels(self.two_tap_kernel())
             if self.group_size > 1:
                 self.fused_3 = self.plain_kernel().contiguous(memory_format=torch.channels_last_3d)
 
@@ -238,18 +258,13 @@ class GroupCausalConv3d(TemporalConv3d):
     def convolve_groups(self, x: torch.Tensor, past: torch.Tensor, group: int) -> torch.Tensor:
         """Convolve whole groups; `past` is the frame before the first one."""
         if group == 1:
-            return self.convolve_pairs(torch.cat([past, x[:, :, :-1]], dim=2), x)
+            return self.convolve_pairs(shifted(past, x), x)
         outputs = self.winograd_outputs(x, group)
         if outputs and (
             self.evaluation == "winograd" or self.usable(self.fused_winograd) or group * x[0, 0, 0].numel() >= 1024
         ):
             return self.convolve_winograd(x, past, group, outputs)
         return self.convolve_directly(x, past, group)
-
-    def convolve_pairs(self, past: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Convolve frames that have a past and no future: two taps."""
-        kernels = self.fused_2 if self.usable(self.fused_2) else frame_kernels(self.last_frame_kernel())
-        return self.convolve_frames(past, kernels[0], None) + self.convolve_frames(x, kernels[1], self.bias)
 
     def convolve_directly(self, x: torch.Tensor, past: torch.Tensor, group: int) -> torch.Tensor:
         """Three taps for all frames but a group's last one, which takes two."""
@@ -275,7 +290,7 @@ class GroupCausalConv3d(TemporalConv3d):
             kernel = self.plain_kernel()
             kernels = winograd.transform_kernel(kernel, outputs)
         inside = x.unflatten(2, (-1, outputs)).unbind(3)  # outputs times (B, C, tiles, H, W)
-        before = torch.cat([past, inside[-1][:, :, :-1]], dim=2)
+        before = shifted(past, inside[-1])
         after = self.missing_neighbour(inside[-1])
         if group > outputs:  # only the last tile of a group misses its future
             within = torch.cat([inside[0][:, :, 1:], inside[0][:, :, :1]], dim=2).unflatten(2, (-1, group // outputs))
@@ -286,8 +301,7 @@ class GroupCausalConv3d(TemporalConv3d):
             self.convolve_frames(frames, kernel, self.bias if i == winograd.BIASED_PRODUCT else None)
             for i, (frames, kernel) in enumerate(zip(products, kernels, strict=True))
         ]
-        y = torch.stack([frames.movedim(1, -1) for frames in winograd.combine_products(products)], dim=2)
-        return y.flatten(1, 2).movedim(-1, 1)
+        return interleave(winograd.combine_products(products))
 
 
 class GroupCausalTDC(GroupCausalConv3d):
@@ -301,9 +315,9 @@ class GroupCausalTDC(GroupCausalConv3d):
     def static_kernel(self) -> torch.Tensor:
         return self.weight[:, :, 1] if self.temporal_padding == "replicate" else super().static_kernel()
 
-    def last_frame_kernel(self) -> torch.Tensor:
+    def two_tap_kernel(self) -> torch.Tensor:
         if self.temporal_padding == "zeros":
-            return super().last_frame_kernel()
+            return super().two_tap_kernel()
         return fold_tdc(self.weight[:, :, :2], anchor=1)  # X_{t+1} = X_t: W_f multiplies zero
 
 
@@ -366,7 +380,11 @@ class TemporalInteractionConv3d(TemporalConv3d):
             return self.convolve_static(x)
         if x.shape[2] % 2 != 0:
             raise ValueError(f"x has {x.shape[2]} frames, it must be an even number (or 1): repeat the last frame")
-        return self.convolve(x)
+        past, current = x.unflatten(2, (-1, 2)).unbind(3)
+        return self.convolve_pairs(past, current)
+
+    def two_tap_kernel(self) -> torch.Tensor:
+        return self.plain_kernel()
 
 
 class TemporalInteractionTDC(TemporalInteractionConv3d):
