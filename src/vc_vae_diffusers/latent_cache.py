@@ -1,0 +1,225 @@
+"""Latents of training clips, encoded once and kept in safetensors shards with their statistics.
+
+Which clips: the first N that :class:`vc_vae_diffusers.data.ClipDataset` would serve a training run of one bucket, random
+starts, crops and flips included. What is kept is the posterior, so that training samples it anew at every step, as Latte
+does. A shard is written as a whole or not at all, and only missing ones are encoded: a killed run goes on where it stopped.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader, Dataset
+
+from .data import ClipDataset, ClipRequest, ReadHealth, collate, counter_rng, noise_seed, quiet_worker
+
+logger = logging.getLogger(__name__)
+
+SETTINGS_NAME, INDEX_NAME = "settings.json", "index.json"
+
+# Its own stream of `counter_rng`, beside those of data.py.
+_STREAM_ORDER = 100
+
+
+def moments_of(parameters: torch.Tensor) -> torch.Tensor:
+    """Count, mean and summed squared deviation of each channel of sampled latents, (3, C) float64.
+
+    Args:
+        parameters: posteriors (N, 2C, t, h, w), mean then log-variance. A sample's variance is that of the means plus the
+            posterior's own.
+    """
+    mean, logvar = parameters.double().transpose(0, 1).flatten(1).chunk(2)  # (2C, N*t*h*w), halves by channel
+    count = torch.full((len(mean),), mean.shape[1], dtype=torch.float64)
+    center = mean.mean(dim=1)
+    deviation = (mean - center[:, None]).square().sum(dim=1) + logvar.exp().sum(dim=1)
+    return torch.stack([count, center, deviation]).cpu()
+
+
+def merge_moments(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Moments of the union of disjoint sets of latents, by the parallel update of Chan et al."""
+    total = parts[0]
+    for part in parts[1:]:
+        count = total[0] + part[0]
+        shift = part[1] - total[1]
+        mean = total[1] + shift * part[0] / count
+        deviation = total[2] + part[2] + shift.square() * total[0] * part[0] / count
+        total = torch.stack([count, mean, deviation])
+    return total
+
+
+def vae_fingerprint(vae: ModelMixin) -> str:
+    """Digest of a VAE's configuration and weights: latents of one are nothing to another."""
+    digest = hashlib.sha256(json.dumps(dict(vae.config), sort_keys=True, default=str).encode())
+    for name, tensor in sorted(vae.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
+    """Create a cache folder for these settings, or check that the one there was made with the same.
+
+    Raises:
+        ValueError: naming the settings that differ.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / SETTINGS_NAME
+    if not path.exists():
+        write_json(path, settings)
+        return
+    there = json.loads(path.read_text())
+    settings = json.loads(json.dumps(settings))
+    differing = sorted(name for name in {*there, *settings} if there.get(name) != settings.get(name))
+    if differing:
+        changes = ", ".join(f"{name} was {there.get(name)!r}, is {settings.get(name)!r}" for name in differing)
+        raise ValueError(f"latent_cache {folder} holds latents made with other settings: {changes}. Name another folder.")
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    return folder / f"latents-{shard:05d}.safetensors"
+
+
+def missing_shards(folder: Path, num_clips: int, shard_clips: int) -> list[int]:
+    """Numbers of the shards that are still to be written."""
+    return [shard for shard in range(-(-num_clips // shard_clips)) if not shard_path(folder, shard).exists()]
+
+
+def shard_batches(shard: int, num_clips: int, shard_clips: int, batch_size: int) -> Iterator[list[ClipRequest]]:
+    """Requests for the clips of a shard."""
+    stop = min((shard + 1) * shard_clips, num_clips)
+    for first in range(shard * shard_clips, stop, batch_size):
+        yield [ClipRequest(0, 0, ordinal) for ordinal in range(first, min(first + batch_size, stop))]
+
+
+@torch.no_grad()
+def write_shard(
+    vae: ModelMixin,
+    dataset: ClipDataset,
+    batches: Sequence[list[ClipRequest]],
+    path: Path,
+    dtype: torch.dtype,
+    health: ReadHealth,
+    num_workers: int = 0,
+) -> None:
+    """Encode the clips of one shard and write it: `posteriors` (N, 2C, t, h, w), `moments` (3, C), the clips' names."""
+    device = next(vae.parameters()).device
+    posteriors, moments, clips = [], [], []
+    loader = DataLoader(
+        dataset, batch_sampler=batches, collate_fn=collate, num_workers=num_workers, worker_init_fn=quiet_worker
+    )
+    for batch in loader:
+        health.add(batch)
+        posterior = vae.encode(batch["video"].to(device, vae.dtype)).latent_dist
+        parameters = torch.cat([posterior.mean, posterior.logvar], dim=1).float()
+        moments.append(moments_of(parameters))
+        posteriors.append(parameters.to("cpu", dtype))
+        clips += batch["clips"]
+    partial = path.with_name(f".{path.name}.partial")
+    tensors = {"posteriors": torch.cat(posteriors), "moments": merge_moments(moments)}
+    save_file(tensors, partial, metadata={"clips": json.dumps(clips)})
+    os.replace(partial, path)
+
+
+def write_index(folder: Path) -> None:
+    """Collect the shards of a complete cache: number of clips, their shape, mean and std of each latent channel."""
+    moments, counts, shape = [], [], None
+    for path in sorted(folder.glob("latents-*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            moments.append(file.get_tensor("moments"))
+            count, *shape = file.get_slice("posteriors").get_shape()
+            counts.append(count)
+    total = merge_moments(moments)
+    write_json(
+        folder / INDEX_NAME,
+        {
+            "num_clips": sum(counts),
+            "shard_clips": max(counts),
+            "latent_shape": [shape[0] // 2, *shape[1:]],
+            "latents_mean": total[1].tolist(),
+            "latents_std": (total[2] / total[0]).sqrt().tolist(),
+        },
+    )
+
+
+class LatentCache(Dataset[dict]):
+    """Posteriors of a complete cache, by :class:`ClipRequest`; every epoch goes through all clips in an order of its own.
+
+    Items hold `posterior` (2C, t, h, w) float32, `clip`, and `noise_seed`, which differs each time a clip is used.
+
+    Args:
+        folder: with an index.
+        seed: of the order and the noise.
+
+    Raises:
+        ValueError: when the cache is not complete.
+    """
+
+    def __init__(self, folder: str | Path, seed: int):
+        self.folder, self.seed = Path(folder), seed
+        path = self.folder / INDEX_NAME
+        if not path.exists():
+            raise ValueError(f"latent_cache {folder} has no {INDEX_NAME}: its encoding did not finish; run it again.")
+        index = json.loads(path.read_text())
+        self.num_clips, self.shard_clips = index["num_clips"], index["shard_clips"]
+        self.latent_shape = tuple(index["latent_shape"])
+        self.latents_mean, self.latents_std = index["latents_mean"], index["latents_std"]
+        self._files: dict[int, tuple[Any, list[str]]] = {}
+        self._order: tuple[int, list[int]] | None = None
+
+    def __len__(self) -> int:
+        return self.num_clips
+
+    def __getitem__(self, request: ClipRequest) -> dict:
+        epoch, place = divmod(request.ordinal, self.num_clips)
+        if self._order is None or self._order[0] != epoch:
+            self._order = (epoch, counter_rng(self.seed, _STREAM_ORDER, epoch).permutation(self.num_clips).tolist())
+        shard, row = divmod(self._order[1][place], self.shard_clips)
+        file, clips = self._open(shard)
+        return {
+            "posterior": file.get_slice("posteriors")[row].float(),
+            "clip": clips[row],
+            "noise_seed": noise_seed(self.seed, request.bucket_index, request.ordinal),
+        }
+
+    def _open(self, shard: int) -> tuple[Any, list[str]]:
+        """A shard's open file, and the names of its clips as `ClipDataset` calls them."""
+        if shard not in self._files:
+            file = safe_open(shard_path(self.folder, shard), framework="pt")
+            self._files[shard] = (file, json.loads(file.metadata()["clips"]))
+        return self._files[shard]
+
+    def clips(self) -> list[str]:
+        """Names of all clips."""
+        return [clip for shard in range(-(-self.num_clips // self.shard_clips)) for clip in self._open(shard)[1]]
+
+    def __getstate__(self) -> dict:
+        # Open files do not travel to loader workers.
+        return {**self.__dict__, "_files": {}}
+
+
+def collate_latents(items: Sequence[dict]) -> dict:
+    """Stack cached posteriors, (B, 2C, t, h, w), beside lists `clips` and `noise_seeds`."""
+    return {
+        "posterior": torch.stack([item["posterior"] for item in items]),
+        "clips": [item["clip"] for item in items],
+        "noise_seeds": [item["noise_seed"] for item in items],
+    }
+
+
+def class_of(clip: str) -> str:
+    """Class of a clip where folders are classes (UCF-101): the name of its file's folder."""
+    return Path(clip.rpartition(" from ")[0]).parent.name
