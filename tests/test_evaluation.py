@@ -31,7 +31,10 @@ from vc_vae_diffusers.evaluation.samples import list_samples
 from vc_vae_diffusers.evaluation.scoring import MetricNetworks
 from vc_vae_diffusers.evaluation.tasks import ClipTask, Variant
 from vc_vae_diffusers.metrics import frame
+from vc_vae_diffusers.metrics.fvd import FVDFeatures, fvd, fvd_batch_mean
+from vc_vae_diffusers.metrics.perceptual import LPIPSMetric
 from vc_vae_diffusers.video import VideoWriter, read_clip, write_image
+from vc_vae_diffusers.weights import I3D_KINETICS400, LPIPS_ALEX, LPIPS_VGG, MissingWeightsError, find_weights
 
 CHEAP = ("psnr", "ssim", "flicker", "temporal_difference_psnr")
 CPU = RunOptions(device="cpu")
@@ -200,7 +203,7 @@ def test_every_model_is_scored_on_the_same_frames(videos, models, tmp_path):
                 assert record["per_frame"][metric] == pytest.approx(expected[metric], abs=2e-4), (name, metric)
         per_frame = [record["per_frame"]["psnr"] for record in entry["videos"]]
         mean = sum(sum(values) / 8 for values in per_frame) / 5
-        assert entry["metrics"]["psnr"]["mean"] == pytest.approx(mean, abs=1e-9)
+        assert entry["metrics"]["psnr"]["value"] == pytest.approx(mean, abs=1e-9)
         assert entry["metrics"]["psnr"]["frames"] == 40
         assert entry["curves"]["psnr"] == pytest.approx([sum(column) / 5 for column in zip(*per_frame, strict=True)])
         assert len(entry["curves"]["flicker"]) == 7
@@ -250,12 +253,12 @@ def test_identical_frames_are_reported_apart(videos, tmp_path):
     run_evaluation([ModelSpec("original", "original")], _protocol(max_samples=1), videos, out, CPU)
     assert '"inf"' in out.read_text()
     (entry,) = read_result(out)["models"]
-    assert entry["metrics"]["psnr"] == {"mean": float("inf"), "std": pytest.approx(float("nan"), nan_ok=True)} | {
+    assert entry["metrics"]["psnr"] == {"value": float("inf"), "std": pytest.approx(float("nan"), nan_ok=True)} | {
         "frames": 0,
         "identical_frames": 8,
     }
-    assert entry["metrics"]["ssim"]["mean"] == 1.0
-    assert entry["metrics"]["flicker"]["mean"] == 0.0
+    assert entry["metrics"]["ssim"]["value"] == 1.0
+    assert entry["metrics"]["flicker"]["value"] == 0.0
 
 
 def test_files_that_cannot_be_used_are_named(videos, models, tmp_path, make_video):
@@ -269,7 +272,7 @@ def test_files_that_cannot_be_used_are_named(videos, models, tmp_path, make_vide
     reasons = {record["sample"]: record["skipped"] for record in entry["skipped"]}
     assert set(reasons) == {"broken.mp4", "short.mkv"}
     assert "gives 8 frames, the protocol takes 9" in reasons["short.mkv"]
-    assert entry["warnings"] == ["5 samples were measured, the protocol means 9", "2 samples were skipped"]
+    assert entry["warnings"] == ["5 samples were measured, the protocol means 9", "2 samples could not be used"]
     (videos / "only").mkdir()
     (videos / "short.mkv").rename(videos / "only" / "short.mkv")
     with pytest.raises(RuntimeError, match=r"no sample could be measured for vcvae; the first: .*gives 8 frames"):
@@ -343,6 +346,91 @@ def test_images_as_table_9_has_them(models, tmp_path, make_video):
     vcvae = find_model(result, "vcvae")
     assert vcvae["first_frame"]["psnr"] == vcvae["curves"]["psnr"][0]
     assert vcvae["image_as_video"] is True
+
+
+# Networks --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def real_weights() -> None:
+    """Skip where the weights of LPIPS and I3D are not on this machine (`vcvae fetch-weights`)."""
+    try:
+        for weights in (LPIPS_ALEX, LPIPS_VGG, I3D_KINETICS400):
+            find_weights(weights)
+    except MissingWeightsError as error:
+        pytest.skip(str(error))
+
+
+def test_lpips_and_fvd_are_those_of_the_metrics(videos, models, tmp_path, real_weights):
+    protocol = _protocol(num_frames=9, max_samples=3, metrics=("lpips_alex", "lpips_vgg", "fvd"))
+    result = run_evaluation(_specs(models, "wan"), protocol, videos, tmp_path / "r.json", CPU)
+    (entry,) = result["models"]
+    wan = wrap_model(diffusers.AutoencoderKLWan.from_pretrained(models["wan"]).eval())
+    lpips, i3d = LPIPSMetric("vgg"), FVDFeatures()
+    sources, reconstructions = [], []
+    for record in entry["videos"]:
+        clip = read_clip(videos / record["sample"], num_frames=10, resize=32, crop=32)[None]
+        pair = wan.reconstruct(clip)[:, :, 1:], clip[:, :, 1:]
+        expected = lpips(*pair, data_range=(-1.0, 1.0))[0].tolist()
+        assert record["per_frame"]["lpips_vgg"] == pytest.approx(expected, abs=1e-5)
+        assert record["per_frame"]["lpips_alex"] != pytest.approx(expected, abs=1e-3)
+        assert "features" not in record
+        reconstructions.append(i3d(pair[0], data_range=(-1.0, 1.0)))
+        sources.append(i3d(pair[1], data_range=(-1.0, 1.0)))
+    sets = torch.cat(sources), torch.cat(reconstructions)
+    assert entry["metrics"]["fvd"] == {"value": pytest.approx(fvd(*sets), rel=1e-4), "clips": 3, "reference_clips": 3}
+    assert entry["metrics"]["fvd_batch_mean@2"]["value"] == pytest.approx(fvd_batch_mean(*sets, 2), rel=1e-4)
+    assert fvd(*sets) > 1
+    assert "below 2,048" in entry["warnings"][0]
+    assert "sha256" in entry["metric_backends"]["fvd"]
+    assert "v0.1" in entry["metric_backends"]["lpips_vgg"]
+
+
+def test_fvd_of_generated_clips(videos, tmp_path, real_weights):
+    generated = tmp_path / "generated"
+    generated.mkdir()
+    for index, name in enumerate(("a/clip0.mkv", "a/clip1.mkv", "b/clip3.mkv")):
+        with VideoWriter(generated / f"{index}.mkv", 8, codec="lossless") as writer:
+            writer.write(read_clip(videos / name, num_frames=19)[:, ::2][:, : 10 if index else 8])
+    protocol = load_protocol("skytimelapse-fvd", {"num_frames": 9, "frame_interval": 2, "size": 40, "max_samples": 4})
+    result = run_evaluation([ModelSpec("G", f"samples:{generated}")], protocol, videos, tmp_path / "r.json", CPU)
+    (entry,) = result["models"]
+    assert entry["metrics"]["fvd"]["clips"] == 2
+    assert entry["metrics"]["fvd"]["reference_clips"] == 4
+    assert "gives 8 frames, the protocol takes 9" in entry["skipped"][0]["skipped"]
+    i3d = FVDFeatures()
+    taken = {
+        "data": [path.relative_to(videos).as_posix() for path in sorted(videos.rglob("*.mkv"))],
+        "generated": ["a/clip1.mkv", "b/clip3.mkv"],
+    }
+    drawn = {record["sample"] for record in entry["videos"]}
+    features = {
+        group: torch.cat(
+            [
+                i3d(read_clip(videos / name, num_frames=17, resize=40, crop=40)[None][:, :, ::2], data_range=(-1.0, 1.0))
+                for name in names
+                if group == "generated" or f"data/{name}" in drawn
+            ]
+        )
+        for group, names in taken.items()
+    }
+    expected = fvd(features["data"], features["generated"])
+    assert entry["metrics"]["fvd"]["value"] == pytest.approx(expected, rel=1e-3)
+    with pytest.raises(ValueError, match="takes generated videos"):
+        run_evaluation([ModelSpec("G", str(generated))], protocol, videos, tmp_path / "s.json", CPU)
+    with pytest.raises(ValueError, match="not a folder of samples"):
+        run_evaluation([ModelSpec("G", f"samples:{generated}")], _protocol(), videos, tmp_path / "s.json", CPU)
+
+
+def test_missing_weights_are_one_error(videos, models, tmp_path):
+    options = RunOptions(device="cpu", weights=tmp_path)
+    for metric in ("lpips_vgg", "fvd"):
+        with pytest.raises(MissingWeightsError, match="vcvae fetch-weights"):
+            run_evaluation(
+                _specs(models, "vcvae"), _protocol(num_frames=9, metrics=(metric,)), videos, tmp_path / "r.json", options
+            )
+    with pytest.raises(ValueError, match="FVD on 8 frames, but its network needs at least 9"):
+        run_evaluation(_specs(models, "vcvae"), _protocol(metrics=("fvd",)), videos, tmp_path / "r.json", options)
 
 
 # A run that is disturbed -------------------------------------------------------------------------------------------------

@@ -101,5 +101,5 @@ def summary_table(result: dict[str, Any]) -> Table:
         table.add_column(f"{name} ({UNITS[name]})" if name in UNITS else name, justify="right")
     for entry in result["models"]:
         values = [entry["metrics"].get(name) for name in names]
-        table.add_row(entry["label"], *("" if value is None else f"{value['mean']:.5g}" for value in values))
+        table.add_row(entry["label"], *("" if value is None else f"{value['value']:.5g}" for value in values))
     return table

@@ -20,7 +20,7 @@ from accelerate import PartialState
 from .baselines import Reconstructor
 from .journal import Journal, file_name
 from .loading import SAMPLES, ModelSpec, load_model, state_digest
-from .networks import build_networks, check_clip_length
+from .networks import build_networks, check_clip_length, fvd_warnings
 from .protocols import Protocol
 from .results import find_model, new_result, package_versions, read_result, write_result
 from .samples import SampleList, list_samples
@@ -251,8 +251,8 @@ def _entry(variant: Variant, identity: dict[str, Any], records: list[Record], ta
     entry = {"label": variant.label, **identity, "image_as_video": variant.as_video}
     entry["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
     entry["measured"], entry["skipped"] = len(measured), skipped
-    entry["warnings"] = _warnings(task.protocol, len(measured), len(skipped))
     entry.update(task.summarise(measured))
+    entry["warnings"] = _warnings(task.protocol, len(measured), len(skipped)) + fvd_warnings(entry["metrics"])
     entry["timing"] = _timing(measured)
     entry["videos"] = [task.video_values(record) for record in measured]
     return entry
@@ -260,10 +260,10 @@ def _entry(variant: Variant, identity: dict[str, Any], records: list[Record], ta
 
 def _warnings(protocol: Protocol, measured: int, skipped: int) -> list[str]:
     warnings = []
-    if protocol.expected_samples is not None and measured != protocol.expected_samples:
+    if protocol.kind != "generation" and protocol.expected_samples not in (None, measured):
         warnings.append(f"{measured} samples were measured, the protocol means {protocol.expected_samples}")
     if skipped:
-        warnings.append(f"{skipped} samples were skipped")
+        warnings.append(f"{skipped} samples could not be used")
     return warnings
 
 

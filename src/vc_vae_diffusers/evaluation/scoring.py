@@ -149,8 +149,8 @@ def summarise_frames(records: list[dict[str, Any]]) -> dict[str, Any]:
         records: of measured samples, with `per_frame` values and `first_frame_index`.
 
     Returns:
-        By metric `mean`, `std` over videos, `frames` and `identical_frames` counted; `curves` by metric; `first_frame` by
-        metric where frame 0 of the clips was scored.
+        By metric `value` (the mean), `std` over videos, `frames` and `identical_frames` counted; `curves` by metric;
+        `first_frame` by metric where frame 0 of the clips was scored.
     """
     metrics, curves, first_frame = {}, {}, {}
     for name in records[0]["per_frame"]:
@@ -159,7 +159,7 @@ def summarise_frames(records: list[dict[str, Any]]) -> dict[str, Any]:
         means = [frame.mean_over_frames(values).mean for values in videos]
         finite = [value for value in means if value not in (float("inf"), float("-inf"))]
         metrics[name] = {
-            "mean": total.mean,
+            "value": total.mean,
             "std": mean_and_deviation(finite)[1],
             "frames": total.num_finite,
             "identical_frames": total.num_infinite,
