@@ -12,7 +12,7 @@ import torch
 
 @dataclass(frozen=True)
 class Tile:
-    """One tile of a grid: its cells, and its blending weights along each axis (all ones inside, ramps where it overlaps)."""
+    """One tile of a grid: its cells, and its blending weights along each axis (float64: 1 inside, ramps at overlaps)."""
 
     rows: slice
     columns: slice
@@ -91,13 +91,13 @@ def _blending_weights(spans: list[tuple[int, int]], scale: int) -> list[torch.Te
     """Linear ramps over the overlap with each neighbour, normalised where more than two spans meet."""
     weights = []
     for i, (start, stop) in enumerate(spans):
-        weight = torch.ones((stop - start) * scale)
+        weight = torch.ones((stop - start) * scale, dtype=torch.float64)
         if i > 0 and (overlap := (spans[i - 1][1] - start) * scale) > 0:
             weight[:overlap] *= (torch.arange(overlap) + 0.5) / overlap
         if i + 1 < len(spans) and (overlap := (stop - spans[i + 1][0]) * scale) > 0:
             weight[-overlap:] *= ((torch.arange(overlap) + 0.5) / overlap).flip(0)
         weights.append(weight)
-    total = torch.zeros(spans[-1][1] * scale)
+    total = torch.zeros(spans[-1][1] * scale, dtype=torch.float64)
     for (start, stop), weight in zip(spans, weights, strict=True):
         total[start * scale : stop * scale] += weight
     return [weight / total[start * scale : stop * scale] for (start, stop), weight in zip(spans, weights, strict=True)]
