@@ -43,6 +43,8 @@ def evaluate(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; by default the best one.")] = None,
     save_frames: Annotated[int, typer.Option(help="Keep frames of so many samples, for the report's figures.")] = 0,
     weights: Annotated[Path | None, typer.Option(help="Folder with the weights of the metrics' networks.")] = None,
+    ocr: Annotated[Path | None, typer.Option(help="TokBench: PARSeq's ONNX file; without it rapidocr stands in.")] = None,
+    faces: Annotated[Path | None, typer.Option(help="TokBench: glintr100.onnx; without it dlib stands in.")] = None,
     token: Annotated[str | None, typer.Option(help="Hub token, for gated repositories.")] = None,
 ) -> None:
     """Measure reconstruction by a recorded protocol. Run it under `accelerate launch` for several processes."""
@@ -79,6 +81,8 @@ def evaluate(
             list_file=samples,
             weights=weights,
             saved_samples=save_frames,
+            ocr=ocr,
+            faces=faces,
             token=token,
             progress=progress,
         )

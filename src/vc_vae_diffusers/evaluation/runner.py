@@ -19,17 +19,18 @@ from accelerate import PartialState
 
 from .baselines import Reconstructor
 from .journal import Journal, file_name
-from .loading import SAMPLES, ModelSpec, load_model, state_digest
+from .loading import ORIGINAL, SAMPLES, ModelSpec, load_model, state_digest
 from .networks import build_networks, check_clip_length, fvd_warnings
 from .protocols import Protocol
 from .results import find_model, new_result, package_versions, read_result, write_result
 from .samples import SampleList, list_samples
-from .scoring import MetricNetworks
 from .tasks import ClipTask, GenerationTask, ImageTask, Record, Task, Variant
+from .tokbench_task import TokBenchTask, find_videos
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
+TASKS = {"video": ClipTask, "image": ImageTask, "generation": GenerationTask}
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class RunOptions:
         weights: folder or file with the metric networks' weights, instead of the default places.
         saved_samples: of so many samples the first frames are kept as PNG, for the report's figures.
         token: for gated repositories.
+        ocr: PARSeq's ONNX file, for TokBench; None takes the stand-in.
+        faces: glintr100's ONNX file; None looks where weights are kept and takes the stand-in otherwise.
         progress: called with (row label, samples done by this process, samples it has to do).
     """
 
@@ -52,6 +55,8 @@ class RunOptions:
     weights: str | Path | None = None
     saved_samples: int = 0
     token: str | None = None
+    ocr: str | Path | None = None
+    faces: str | Path | None = None
     progress: Progress | None = None
 
 
@@ -86,16 +91,22 @@ def run_evaluation(
     state = PartialState(cpu=True) if options.device == "cpu" else PartialState()
     device = state.device if options.device is None else torch.device(options.device)
     check_clip_length(protocol)
-    samples = list_samples(data, protocol, options.list_file)
+    samples = find_videos(data, protocol) if protocol.kind == "tokbench" else list_samples(data, protocol, options.list_file)
     networks = build_networks(protocol, device, options.weights)
     result = _result_so_far(out, protocol, samples)
+    if options.saved_samples and protocol.kind in ("tokbench", "generation"):
+        raise ValueError(f"saved_samples is {options.saved_samples}, but frames are kept of videos and images only; use 0")
     frames_folder = out.with_name(f"{out.stem}_frames") if options.saved_samples else None
     if frames_folder is not None:
         result["frames"] = {
             "folder": frames_folder.name,
             "samples": [s.name for s in samples.samples[: options.saved_samples]],
         }
-    task = _make_task(protocol, samples, networks, frames_folder, options.saved_samples)
+    if protocol.kind == "tokbench":
+        task: Task = TokBenchTask(protocol, samples, networks, options.ocr, options.faces)
+        models = [ModelSpec(ORIGINAL, ORIGINAL), *(spec for spec in models if spec.source != ORIGINAL)]
+    else:
+        task = TASKS[protocol.kind](protocol, samples, networks, frames_folder, options.saved_samples)
     for spec in models:
         for entry in _evaluate_model(spec, task, result, out, state, device, options):
             result["models"] = [kept for kept in result["models"] if kept["label"] != entry["label"]] + [entry]
@@ -106,13 +117,6 @@ def run_evaluation(
         _remove_journals(out)
     state.wait_for_everyone()
     return read_result(out)
-
-
-def _make_task(
-    protocol: Protocol, samples: SampleList, networks: MetricNetworks, frames_folder: Path | None, saved_samples: int
-) -> Task:
-    kinds = {"video": ClipTask, "image": ImageTask, "generation": GenerationTask}
-    return kinds[protocol.kind](protocol, samples, networks, frames_folder, saved_samples)
 
 
 def _result_so_far(out: Path, protocol: Protocol, samples: SampleList) -> dict[str, Any]:
@@ -253,6 +257,7 @@ def _entry(variant: Variant, identity: dict[str, Any], records: list[Record], ta
     entry["measured"], entry["skipped"] = len(measured), skipped
     entry.update(task.summarise(measured))
     entry["warnings"] = _warnings(task.protocol, len(measured), len(skipped)) + fvd_warnings(entry["metrics"])
+    entry["warnings"] += entry.pop("notes", [])
     entry["timing"] = _timing(measured)
     entry["videos"] = [task.video_values(record) for record in measured]
     return entry

@@ -33,10 +33,12 @@ class Variant:
     Args:
         label: of the row.
         as_video: for images: repeat the image to a group of frames.
+        untouched: for TokBench: measure the source itself, not even resized.
     """
 
     label: str
     as_video: bool = False
+    untouched: bool = False
 
 
 class Task(ABC):
