@@ -1,0 +1,60 @@
+"""torch.compile: one graph without breaks, and no recompilation as a stream goes on."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from vc_vae_diffusers.autoencoder_kl_vcvae import AutoencoderKLVCVAE
+
+SMALL = {"block_out_channels": (8, 8), "mid_block_add_attention": True}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def small_vae(make_vae, **config) -> AutoencoderKLVCVAE:
+    return make_vae(**{**SMALL, "temporal_downsample": (True,), **config})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("step", "config"),
+    [("encode_chunk", {}), ("decode_chunk", {}), ("encode_chunk", {"temporal_causality": "causal"})],
+    ids=["encode", "decode", "encode, causal"],
+)
+def test_chunk_functions_compile_once_for_the_start_and_once_for_the_rest(make_vae, make_video, step, config):
+    vae, counter = small_vae(make_vae, **config), CompileCounterWithBackend("eager")
+    if step == "encode_chunk":
+        chunks = make_video(10).split(2, dim=2)
+    else:
+        chunks = torch.randn(1, 4, 5, 8, 12, generator=torch.Generator().manual_seed(0)).split(1, dim=2)
+    plain, compiled = getattr(vae, step), torch.compile(getattr(vae, step), fullgraph=True, backend=counter)
+    cache = other_cache = None
+    graphs = []
+    for chunk in chunks:
+        expected, cache = plain(chunk, cache)
+        actual, other_cache = compiled(chunk, other_cache)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+        graphs.append(counter.frame_count)
+    assert graphs == [1, 2, 2, 2, 2]
+
+
+def test_compiled_decode_trains(make_vae):
+    """`vae.decode = torch.compile(vae.decode)` is how pipelines do it; gradients go through the compiled graph."""
+    vae, counter = small_vae(make_vae), CompileCounterWithBackend("aot_eager")
+    z = torch.randn(1, 4, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    parameters = list(vae.decoder.parameters())
+
+    def run():
+        frames = vae.decode(z, return_dict=False)[0]
+        return frames, *torch.autograd.grad(frames.sin().sum(), parameters)
+
+    expected = run()
+    vae.decode = torch.compile(vae.decode, backend=counter)
+    for actual, value in zip(run(), expected, strict=True):
+        torch.testing.assert_close(actual, value, rtol=1e-4, atol=1e-4 * value.abs().max().item())
+    assert counter.frame_count == 1
