@@ -26,6 +26,7 @@ from typing import Literal
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
@@ -33,7 +34,7 @@ from torch.utils.data import DataLoader
 from transformers import HfArgumentParser
 
 from vc_vae_diffusers import data as vdata
-from vc_vae_diffusers import losses, training
+from vc_vae_diffusers import losses, shards, training
 from vc_vae_diffusers.discriminator import PatchDiscriminator3D
 from vc_vae_diffusers.metrics import frame
 from vc_vae_diffusers.video import VideoReadError, VideoWriter, to_uint8
@@ -110,6 +111,7 @@ class RunConfig:
     resume: bool = True  # go on from the last checkpoint under output
     seed: int = 0
     mixed_precision: Literal["no", "bf16"] = "bf16"  # autocast; the weights stay float32
+    cpu: bool = False  # train on the CPU though there is a GPU
     num_threads: int = 0  # CPU threads of this process; 0 leaves torch's choice
     deterministic: bool = False  # deterministic CUDA kernels, for exact resume on GPUs
     checkpoint_every: int = 1000
@@ -223,7 +225,8 @@ class Trainer:
             self.lpips = losses.LPIPS(config.loss.lpips_net).to(accelerator.device)
         if config.model.compile:
             self._compile(vae)
-        self.step = 0
+        self.step = self.batches_done = 0
+        self.positions: list[tuple[int, int]] = []  # of this process's shard streams
         self.pending: dict[str, list[float]] = {}
 
     def _adamw(self, module: torch.nn.Module, learning_rate: float) -> torch.optim.AdamW:
@@ -242,10 +245,12 @@ class Trainer:
         )
 
     def _compile(self, vae: torch.nn.Module) -> None:
-        vae.encoder.compile()
-        vae.decoder.compile()
+        # One graph for every shape of a bucket: shapes are few, and code for known sizes is faster.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        vae.encoder.compile(dynamic=False)
+        vae.decoder.compile(dynamic=False)
         if self.gan:
-            self.accelerator.unwrap_model(self.discriminator).compile()
+            self.accelerator.unwrap_model(self.discriminator).compile(dynamic=False)
 
     # -------------------------------------------------------------------------------------------- the training step
 
@@ -408,7 +413,7 @@ class Trainer:
 
     # -------------------------------------------------------------------------------------------------- the whole run
 
-    def run(self, files: list[str], held_out: list[str]) -> None:
+    def run(self, sources: list[str], held_out: list[str]) -> None:
         """Train from the last checkpoint, or from the start, up to config.optim.steps."""
         run, accelerator = self.config.run, self.accelerator
         checkpoints = self.output / "checkpoints"
@@ -422,9 +427,10 @@ class Trainer:
         health = vdata.ReadHealth(self.config.data.max_unreadable)
         stop = training.StopSignal()
         started = time.perf_counter()
-        for batches in steps_of(self.loader(files), self.buckets, accelerator.num_processes):
+        for batches in steps_of(self.loader(sources), accelerator.num_processes):
             for batch in batches:
                 health.add(batch)
+                self.follow_stream(batch)
             terms = self.train_step(batches)
             for name, value in terms.items():
                 self.pending.setdefault(name, []).append(value)
@@ -445,33 +451,62 @@ class Trainer:
             with training.ema_weights(self.ema, self.model):
                 training.save_vae(accelerator, self.model, self.output / "vae")
 
-    def loader(self, files: list[str]) -> DataLoader:
-        """Clips of this process from the current step on."""
-        config, accelerator = self.config, self.accelerator
+    def loader(self, sources: list[str]) -> DataLoader:
+        """Clips of this process from the current step on; ``sources`` are files, or shards."""
+        data, accelerator = self.config.data, self.accelerator
+        steps = (self.step, self.config.optim.steps)
+        ranks = (accelerator.process_index, accelerator.num_processes)
+        options = {
+            "num_workers": data.num_workers,
+            "worker_init_fn": vdata.quiet_worker,
+            "pin_memory": accelerator.device.type == "cuda",
+        }
+        if shards.is_shards(data.data):
+            stream = shards.ShardStream(
+                sources,
+                self.plan,
+                *steps,
+                rank=ranks[0],
+                num_processes=ranks[1],
+                num_workers=data.num_workers,
+                positions=[shards.Position(*position) for position in self.positions],
+                batches_done=self.batches_done,
+                shuffle_buffer=data.shuffle_buffer,
+                exclude=[*data.exclude, *data.holdout],
+                reader=vdata.ClipReader(data.scale_jitter, data.flip),
+            )
+            return DataLoader(stream, batch_size=None, collate_fn=vdata.as_is, **options)
         dataset = vdata.ClipDataset(
-            files,
+            sources,
             self.buckets,
-            config.run.seed,
-            scale_jitter=config.data.scale_jitter,
-            flip=config.data.flip,
-            cache_in_memory=config.data.cache_in_memory,
-            cache_short_side=config.data.cache_short_side,
+            self.config.run.seed,
+            scale_jitter=data.scale_jitter,
+            flip=data.flip,
+            cache_in_memory=data.cache_in_memory,
+            cache_short_side=data.cache_short_side,
         )
-        sampler = vdata.ClipBatchSampler(
-            self.plan, self.step, config.optim.steps, accelerator.process_index, accelerator.num_processes
-        )
-        return DataLoader(
-            dataset,
-            batch_sampler=sampler,
-            collate_fn=vdata.collate,
-            num_workers=config.data.num_workers,
-            worker_init_fn=vdata.quiet_worker,
-            pin_memory=accelerator.device.type == "cuda",
-        )
+        sampler = vdata.ClipBatchSampler(self.plan, *steps, *ranks)
+        return DataLoader(dataset, batch_sampler=sampler, collate_fn=vdata.collate, **options)
+
+    def follow_stream(self, batch: dict) -> None:
+        """Remember where the batch's shard stream stands."""
+        self.batches_done += 1
+        if "stream" in batch:
+            self.positions = self.positions or [(0, 0)] * max(1, self.config.data.num_workers)
+            self.positions[batch["stream"]] = batch["position"]
 
     def restore(self, state: dict) -> None:
         """Take over what a checkpoint's state says, and name every option that changed since."""
         self.step, self.pending = state["step"], state["pending"]
+        processes = len(state["streams"])
+        if any(state["streams"]) and processes != self.accelerator.num_processes:
+            raise ValueError(
+                f"the checkpoint has the shard streams of {processes} processes, this run has "
+                f"{self.accelerator.num_processes}; resume shards with as many as the run began with"
+            )
+        if any(state["streams"]):
+            self.positions = [tuple(position) for position in state["streams"][self.accelerator.process_index]]
+            self.batches_done = state["batches_done"]
         self.scheduler.load_state_dict(state["scheduler"])
         if self.gan:
             self.disc_scheduler.load_state_dict(state["discriminator_scheduler"])
@@ -487,7 +522,8 @@ class Trainer:
             "pending": self.pending,
             "scheduler": self.scheduler.state_dict(),
             "config": self.config.flat(),
-            "num_processes": self.accelerator.num_processes,
+            "batches_done": self.batches_done,
+            "streams": gather_object([self.positions]),
         }
         if self.gan:
             state["discriminator_scheduler"] = self.disc_scheduler.state_dict()
@@ -551,7 +587,7 @@ def log_video(accelerator: Accelerator, tracker: str, name: str, path: Path, cli
         accelerator.get_tracker("trackio", unwrap=True).log({key: trackio.Video(str(path))}, step=step)
 
 
-def steps_of(loader: DataLoader, buckets: list[vdata.Bucket], num_processes: int) -> Iterator[list[dict]]:
+def steps_of(loader: DataLoader, num_processes: int) -> Iterator[list[dict]]:
     """Group micro-batches by step."""
     batches: list[dict] = []
     for batch in loader:
@@ -561,10 +597,24 @@ def steps_of(loader: DataLoader, buckets: list[vdata.Bucket], num_processes: int
             batches = []
 
 
-def benchmark_loader(trainer: Trainer, files: list[str], steps: int) -> None:
+def find_data(config: DataConfig) -> tuple[list[str], list[str]]:
+    """The files, or shards, to train on, and the files to validate on."""
+    held_out = []
+    if config.validation_data:
+        held_out = vdata.find_files(config.validation_data)
+    elif config.holdout and not shards.is_shards(config.data):
+        held_out = vdata.find_files(config.data, config.holdout)
+    if shards.is_shards(config.data):
+        if config.include:
+            raise ValueError("include does not apply to shards; leave shards out of data, or use exclude on sample keys")
+        return shards.list_shards(config.data), held_out
+    return vdata.find_files(config.data, config.include, [*config.exclude, *config.holdout]), held_out
+
+
+def benchmark_loader(trainer: Trainer, sources: list[str], steps: int) -> None:
     """Print how many clips, frames and megapixels a second the loader of this process delivers, without training."""
     health = vdata.ReadHealth(trainer.config.data.max_unreadable)
-    batches = iter(trainer.loader(files))
+    batches = iter(trainer.loader(sources))
     total = {"clips": 0, "frames": 0, "megapixels": 0.0}
     started = time.perf_counter()
     for batch in itertools.islice(batches, steps):
@@ -588,12 +638,13 @@ def main(argv: list[str]) -> None:
     if run.deterministic:
         torch.use_deterministic_algorithms(True)
     tracker = None if run.tracker == "none" else run.tracker
-    accelerator = Accelerator(mixed_precision=run.mixed_precision, log_with=tracker, project_dir=run.output)
+    # Told that there is no accelerator, accelerate joins several processes by gloo; else it would start strangers.
+    cpu = run.cpu or not torch.accelerator.is_available()
+    accelerator = Accelerator(cpu=cpu, mixed_precision=run.mixed_precision, log_with=tracker, project_dir=run.output)
     logging.getLogger().setLevel(logging.INFO if accelerator.is_main_process else logging.WARNING)
     logging.getLogger("accelerate").setLevel(logging.WARNING)
     Path(run.output).mkdir(parents=True, exist_ok=True)
-    files = vdata.find_files(config.data.data, config.data.include, [*config.data.exclude, *config.data.holdout])
-    held_out = vdata.find_files(config.data.data, config.data.holdout) if config.data.holdout else []
+    sources, held_out = find_data(config.data)
     torch.manual_seed(run.seed)
     trainer = Trainer(config, accelerator)
     if accelerator.is_main_process:
@@ -601,7 +652,7 @@ def main(argv: list[str]) -> None:
     accelerator.init_trackers(
         "vc_vae", config={k: v if isinstance(v, (int, float)) else str(v) for k, v in config.flat().items()}
     )
-    trainer.run(files, held_out[: run.validation_clips])
+    trainer.run(sources, held_out[: run.validation_clips])
     accelerator.end_training()
 
 

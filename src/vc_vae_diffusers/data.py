@@ -23,7 +23,7 @@ import math
 import os
 import signal
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -42,6 +42,9 @@ VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpe
 
 # One stream of random numbers per purpose, so that adding a draw to one never shifts another.
 _STREAM_BUCKET, _STREAM_EPOCH, _STREAM_FILE, _STREAM_CLIP, _STREAM_NOISE = range(5)
+
+# Candidates that are tried for one clip before the run stops.
+MAX_ATTEMPTS = 100
 
 # Steps over which the buckets' shares are exact. A bucket of weight below 1/1000 of the sum still gets one step.
 _BLOCK = 1000
@@ -307,7 +310,7 @@ def find_files(data: str | Path, include: Sequence[str] = (), exclude: Sequence[
     for pattern in [*include, *exclude]:
         if not _is_wildcard(pattern) and pattern not in known:
             raise DataError(f"{pattern!r} is named by include, exclude or holdout, but is not in {str(data)!r}")
-    included, excluded = _Matcher(include), _Matcher(exclude)
+    included, excluded = NameMatcher(include), NameMatcher(exclude)
     kept = [name for name in names if (not include or included(name)) and not excluded(name)]
     if not kept:
         raise DataError(f"no video or image in {str(data)!r} ({len(known)} files before include and exclude)")
@@ -318,7 +321,7 @@ def _is_wildcard(pattern: str) -> bool:
     return any(char in pattern for char in "*?[")
 
 
-class _Matcher:
+class NameMatcher:
     """Whether a name is in a list of names and shell patterns; names are looked up, for lists of any length."""
 
     def __init__(self, patterns: Sequence[str]):
@@ -340,13 +343,62 @@ class Skip:
     reason: str
     unreadable: bool
 
+    @classmethod
+    def of(cls, path: str, error: Exception) -> Skip:
+        """What ``error`` says about the file."""
+        if isinstance(error, UnsuitableError):
+            return cls(path, f"{path} {error}", unreadable=False)
+        return cls(path, str(error), unreadable=True)
+
+
+# Decodes ``num_frames`` frames of a file from a start in seconds, resampled to a rate or not: (3, T, H, W) uint8.
+FrameReader = Callable[[VideoInfo, int, Fraction, Fraction | None], torch.Tensor]
+
+
+def _read_file(info: VideoInfo, num_frames: int, start: Fraction, rate: Fraction | None) -> torch.Tensor:
+    options = {} if info.kind == "image" else {"start_time": start, "fps": rate}
+    return read_clip(info.path, num_frames=num_frames, dtype=torch.uint8, **options)
+
+
+class UnsuitableError(ValueError):
+    """A sound file that is too small or too short for a bucket."""
+
 
 @dataclass(frozen=True)
 class ClipReader:
-    """Reads random clips of one file. ``scale_jitter`` and ``flip`` as in :class:`ClipDataset`."""
+    """Reads random clips: ``scale_jitter`` in [0, 1] and ``flip`` as in :class:`ClipDataset`."""
 
     scale_jitter: float = 0.0
     flip: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.scale_jitter <= 1:
+            raise ValueError(f"scale_jitter={self.scale_jitter} must lie in [0, 1]")
+
+    def clip(
+        self, info: VideoInfo, bucket: Bucket, uniform: Sequence[float], read: FrameReader | None = None
+    ) -> tuple[torch.Tensor, Fraction]:
+        """Read one clip of a file.
+
+        Args:
+            info: of the file.
+            bucket: the shape wanted.
+            uniform: five numbers in [0, 1): scale, top, left, flip, start.
+            read: what decodes the frames, from the file by default.
+
+        Returns:
+            the clip (3, T, H, W) in [-1, 1] and its start in seconds.
+
+        Raises:
+            UnsuitableError: if the file is too small or too short.
+            VideoReadError: if it is broken.
+        """
+        reason = self.unsuitable(info, bucket)
+        if reason is not None:
+            raise UnsuitableError(reason)
+        start = self.start(info, bucket, uniform[4])
+        frames = (read or _read_file)(info, bucket.num_frames, start, self.rate(info, bucket))
+        return self.cut(frames, bucket, uniform), start
 
     def unsuitable(self, info: VideoInfo, bucket: Bucket) -> str | None:
         """Return why the file cannot serve ``bucket``, or None."""
@@ -354,6 +406,8 @@ class ClipReader:
             return f"is {info.height}x{info.width}, smaller than {bucket.height}x{bucket.width}"
         if bucket.num_frames == 1:
             return None
+        if info.kind == "image":
+            return "is an image"
         if info.duration is None:
             return "does not state its duration"
         if info.duration < self._span(info, bucket):
@@ -414,8 +468,6 @@ class ClipDataset(Dataset[dict]):
         DataError: from ``[]``, if 100 candidates in a row do not serve.
     """
 
-    _MAX_ATTEMPTS = 100
-
     def __init__(
         self,
         files: Sequence[str],
@@ -427,8 +479,6 @@ class ClipDataset(Dataset[dict]):
         cache_in_memory: bool = False,
         cache_short_side: int | None = None,
     ):
-        if not 0 <= scale_jitter <= 1:
-            raise ValueError(f"scale_jitter={scale_jitter} must lie in [0, 1]")
         largest = max(max(bucket.height, bucket.width) for bucket in buckets)
         if cache_short_side is not None and cache_short_side < largest:
             raise ValueError(f"cache_short_side={cache_short_side} must be at least {largest}, the largest bucket's side")
@@ -446,28 +496,17 @@ class ClipDataset(Dataset[dict]):
     def __getitem__(self, request: ClipRequest) -> dict:
         bucket = self.buckets[request.bucket_index]
         skipped: list[Skip] = []
-        for attempt in range(self._MAX_ATTEMPTS):
+        for attempt in range(MAX_ATTEMPTS):
             path = self._candidate(request, attempt)
-            key = (request.bucket_index, request.ordinal, attempt)
-            uniform = counter_rng(self.seed, _STREAM_CLIP, *key).random(5)
             try:
-                info = self._info(path)
-                reason = self.reader.unsuitable(info, bucket)
-                if reason is None:
-                    start = self.reader.start(info, bucket, uniform[4])
-                    frames = self._read(info, bucket, start)
-                    return {
-                        "video": self.reader.cut(frames, bucket, uniform),
-                        "clip": f"{path} from {float(start):.3f} s",
-                        "bucket": bucket,
-                        "noise_seed": noise_seed(self.seed, request.bucket_index, request.ordinal),
-                        "skipped": skipped,
-                    }
-                skipped.append(Skip(path, reason, unreadable=False))
-            except VideoReadError as error:
-                skipped.append(Skip(path, str(error), unreadable=True))
-        reasons = Counter(skip.reason for skip in skipped).most_common(3)
-        raise DataError(f"none of {len(skipped)} files in a row serves bucket {bucket}: {reasons}")
+                uniform = clip_numbers(self.seed, request, attempt)
+                read = self._read_cached if self.cache_in_memory else None
+                clip, start = self.reader.clip(self._info(path), bucket, uniform, read)
+            except (VideoReadError, UnsuitableError) as error:
+                skipped.append(Skip.of(path, error))
+            else:
+                return clip_item(clip, f"{path} from {float(start):.3f} s", bucket, self.seed, request, skipped)
+        raise no_candidate(bucket, skipped)
 
     def _candidate(self, request: ClipRequest, attempt: int) -> str:
         index, ordinal = request.bucket_index, request.ordinal
@@ -485,19 +524,13 @@ class ClipDataset(Dataset[dict]):
             self._infos[path] = probe(path)
         return self._infos[path]
 
-    def _read(self, info: VideoInfo, bucket: Bucket, start: Fraction) -> torch.Tensor:
-        """Return (3, T, H, W) uint8."""
-        rate = self.reader.rate(info, bucket)
-        if not self.cache_in_memory:
-            options = {} if info.kind == "image" else {"start_time": start, "fps": rate}
-            return read_clip(info.path, num_frames=bucket.num_frames, dtype=torch.uint8, **options)
+    def _read_cached(self, info: VideoInfo, num_frames: int, start: Fraction, rate: Fraction | None) -> torch.Tensor:
         frames, times = self._decoded(info)
-        first = _on_screen(times, 1 / info.fps, [start])[0]
-        indices = [first + k for k in range(bucket.num_frames)]
-        due = start + (bucket.num_frames - 1) / (rate or info.fps)
-        if rate is not None:
-            indices = _on_screen(times, 1 / info.fps, [start + k / rate for k in range(bucket.num_frames)])
-        if indices[-1] >= len(times) or due >= times[-1] + 1 / info.fps:
+        moments = [start + k / (rate or info.fps) for k in range(num_frames)]
+        indices = _on_screen(times, 1 / info.fps, moments)
+        if rate is None:
+            indices = list(range(indices[0], indices[0] + num_frames))
+        if indices[-1] >= len(times) or moments[-1] >= times[-1] + 1 / info.fps:
             problem = f"ends at {float(times[-1]):.3f} s, before the clip from {float(start):.3f} s does"
             raise VideoReadError(info.path, problem, "Its header states another duration; remux it.")
         return frames[:, indices]
@@ -510,6 +543,28 @@ class ClipDataset(Dataset[dict]):
                 chunks, times = zip(*reader.timed_chunks(), strict=True)
             self._cache[info.path] = (torch.cat(chunks, dim=1), [time for part in times for time in part])
         return self._cache[info.path]
+
+
+def clip_numbers(seed: int, request: ClipRequest, attempt: int) -> np.ndarray:
+    """The five random numbers of :meth:`ClipReader.clip` for the ``attempt``-th candidate of a request."""
+    return counter_rng(seed, _STREAM_CLIP, request.bucket_index, request.ordinal, attempt).random(5)
+
+
+def clip_item(clip: torch.Tensor, name: str, bucket: Bucket, seed: int, request: ClipRequest, skipped: list[Skip]) -> dict:
+    """What a dataset returns for one request, for :func:`collate`."""
+    return {
+        "video": clip,
+        "clip": name,
+        "bucket": bucket,
+        "noise_seed": noise_seed(seed, request.bucket_index, request.ordinal),
+        "skipped": skipped,
+    }
+
+
+def no_candidate(bucket: Bucket, skipped: Sequence[Skip]) -> DataError:
+    """The error for a bucket that nothing serves."""
+    reasons = "; ".join(reason for reason, _ in Counter(skip.reason for skip in skipped).most_common(3))
+    return DataError(f"none of {len(skipped)} files in a row serves bucket {bucket}: {reasons}")
 
 
 def _on_screen(times: Sequence[Fraction], period: Fraction, moments: Sequence[Fraction]) -> list[int]:
@@ -530,6 +585,11 @@ def collate(items: Sequence[dict]) -> dict:
         "noise_seeds": [item["noise_seed"] for item in items],
         "skipped": [skip for item in items for skip in item["skipped"]],
     }
+
+
+def as_is(batch: dict) -> dict:
+    """``collate_fn`` for a loader whose dataset yields whole batches."""
+    return batch
 
 
 def quiet_worker(worker_id: int) -> None:
@@ -558,10 +618,9 @@ class ReadHealth:
         for skip in batch["skipped"]:
             self.unreadable += skip.unreadable
             self.unsuitable += not skip.unreadable
-            line = skip.reason if skip.unreadable else f"{skip.path}: {skip.reason}"
-            if line not in self._seen:
-                self._seen.add(line)
-                logger.warning("skipped %s", line)
+            if skip.reason not in self._seen:
+                self._seen.add(skip.reason)
+                logger.warning("skipped %s", skip.reason)
         tried = self.read + self.unreadable
         if tried >= self._MIN_FILES and self.unreadable > self.max_unreadable * tried:
             raise DataError(

@@ -97,7 +97,7 @@ class TrainableVAE(nn.Module):
             # Its default cuts clips of more than 16 frames into overlapping tiles in time and blends them.
             vae.use_framewise_encoding = vae.use_framewise_decoding = False
         self.vae = vae
-        self.padded_frames = {frames: _returned_length(vae, frames) for frames in sorted(set(num_frames))}
+        self.padded_frames = {frames: returned_length(vae, frames) for frames in sorted(set(num_frames))}
 
     def forward(self, video: torch.Tensor, noise_seeds: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Reconstruct clips from samples of the posterior, or from its mode.
@@ -141,7 +141,7 @@ def _noise(like: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _returned_length(vae: ModelMixin, num_frames: int) -> int:
+def returned_length(vae: ModelMixin, num_frames: int) -> int:
     """Return the smallest length >= ``num_frames`` that ``vae`` decodes to as many frames as it encoded.
 
     That is T itself for VC-VAE at multiples of 4, 1 + 4k for Wan, Hunyuan and others, 1 + 6k for Mochi, 1 + 8k for LTX.
