@@ -41,7 +41,7 @@ def psnr(reconstruction: torch.Tensor, source: torch.Tensor, *, data_range: tupl
 
     Not in the paper: which average is meant. Per frame, then per video, is what the field's scripts compute.
     """
-    x, y, low, high = _checked_pair(reconstruction, source, data_range)
+    x, y, low, high = checked_pair(reconstruction, source, data_range)
     mse = (x - y).square().mean(dim=(1, 3, 4))
     return _decibels(mse, high - low)
 
@@ -63,7 +63,7 @@ def ssim(reconstruction: torch.Tensor, source: torch.Tensor, *, data_range: tupl
     Raises:
         ValueError: as :func:`psnr`, and for frames smaller than the window.
     """
-    x, y, low, high = _checked_pair(reconstruction, source, data_range)
+    x, y, low, high = checked_pair(reconstruction, source, data_range)
     if min(x.shape[-2:]) < SSIM_WINDOW:
         raise ValueError(
             f"reconstruction has frames of {x.shape[-2]}x{x.shape[-1]} pixels, but SSIM needs at least "
@@ -95,7 +95,7 @@ def flicker(reconstruction: torch.Tensor, source: torch.Tensor, *, data_range: t
     Not in the paper: the metric. Differences run along T; code that slices (B, T, C, H, W) tensors as if they were
     (B, C, T, H, W) measures the difference of colour channels instead.
     """
-    x, y, low, high = _checked_pair(reconstruction, source, data_range)
+    x, y, low, high = checked_pair(reconstruction, source, data_range)
     error = x.diff(dim=2) - y.diff(dim=2)
     return error.abs().mean(dim=(1, 3, 4)) / (high - low)
 
@@ -120,7 +120,7 @@ def temporal_difference_psnr(
 
     Not in the paper: the metric.
     """
-    x, y, low, high = _checked_pair(reconstruction, source, data_range)
+    x, y, low, high = checked_pair(reconstruction, source, data_range)
     mse = (x.diff(dim=2) - y.diff(dim=2)).square().mean(dim=(1, 3, 4))
     return _decibels(mse, high - low)
 
@@ -166,9 +166,7 @@ def mean_over_videos(videos: Iterable[torch.Tensor | Iterable[float]]) -> Finite
     """
     means = [mean_over_frames(values) for values in videos]
     over_videos = mean_over_frames([video.mean for video in means])
-    return FiniteMean(
-        over_videos.mean, sum(video.num_finite for video in means), sum(video.num_infinite for video in means)
-    )
+    return FiniteMean(over_videos.mean, sum(video.num_finite for video in means), sum(video.num_infinite for video in means))
 
 
 def frame_index_curve(videos: Iterable[torch.Tensor | Iterable[float]]) -> list[FiniteMean]:
@@ -189,9 +187,22 @@ def frame_index_curve(videos: Iterable[torch.Tensor | Iterable[float]]) -> list[
     return [mean_over_frames(values) for values in by_index]
 
 
-def _checked_pair(
+def checked_pair(
     reconstruction: torch.Tensor, source: torch.Tensor, data_range: tuple[float, float]
 ) -> tuple[torch.Tensor, torch.Tensor, float, float]:
+    """What every metric asks of its arguments: equal 5-D shapes, a range, values inside it.
+
+    Args:
+        reconstruction: (B, C, T, H, W), values in ``data_range``.
+        source: (B, C, T, H, W), values in ``data_range``.
+        data_range: lowest and highest possible value.
+
+    Returns:
+        Both videos in float32, detached, and the two ends of the range.
+
+    Raises:
+        ValueError: for shapes that differ or are not 5-D, for a wrong range, for values outside it.
+    """
     if reconstruction.ndim != 5:
         raise ValueError(
             f"reconstruction has shape {tuple(reconstruction.shape)}, but videos are (B, C, T, H, W); "
@@ -204,8 +215,7 @@ def _checked_pair(
         )
     if not isinstance(data_range, tuple | list) or len(data_range) != 2 or not data_range[0] < data_range[1]:
         raise ValueError(
-            f"data_range is {data_range!r}, but it is the interval (low, high) of the values, "
-            "e.g. (-1.0, 1.0) or (0.0, 1.0)"
+            f"data_range is {data_range!r}, but it is the interval (low, high) of the values, e.g. (-1.0, 1.0) or (0.0, 1.0)"
         )
     low, high = float(data_range[0]), float(data_range[1])
     x, y = reconstruction.detach().float(), source.detach().float()
