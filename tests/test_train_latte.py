@@ -17,10 +17,11 @@ import yaml
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_models import tiny_vae
+from tiny_models import MEAN, STD, tiny_vae
 
 from vc_vae_diffusers import latent_cache
 from vc_vae_diffusers.data import ClipRequest, DataError, ReadHealth
+from vc_vae_diffusers.diffusion_losses import learned_range_loss
 from vc_vae_diffusers.pipeline_latte import LatteVCVAEUnconditionalPipeline
 from vc_vae_diffusers.training import NonFiniteError
 from vc_vae_diffusers.video import VideoWriter, read_clip
@@ -192,8 +193,8 @@ def test_folders_of_frames_are_clips_at_24_frames_a_second(folder, tmp_path):
 
 
 def test_a_killed_and_resumed_run_equals_an_unbroken_one(folder, tmp_path):
-    whole = train(folder, tmp_path / "whole", classes=True, steps=40)
-    process = start(options(folder, tmp_path / "killed", classes=True, steps=40))
+    whole = train(folder, tmp_path / "whole", classes=True, steps=40, log_every=3)
+    process = start(options(folder, tmp_path / "killed", classes=True, steps=40, log_every=3))
     checkpoints = tmp_path / "killed" / "checkpoints"
     deadline = time.monotonic() + 240
     while not list(checkpoints.glob("step-*")) and process.is_alive() and time.monotonic() < deadline:
@@ -202,7 +203,7 @@ def test_a_killed_and_resumed_run_equals_an_unbroken_one(folder, tmp_path):
     process.join()
     assert process.exitcode == -signal.SIGKILL
     assert not (tmp_path / "killed" / "pipeline").exists()
-    resumed = train(folder, tmp_path / "killed", classes=True, steps=40)
+    resumed = train(folder, tmp_path / "killed", classes=True, steps=40, log_every=3)
     assert resumed.keys() == whole.keys()
     for name, value in whole.items():
         assert torch.equal(resumed[name], value), name
@@ -254,7 +255,7 @@ def test_the_average_follows_the_weights(folder, tmp_path):
 
 def test_accumulation_and_encoding_at_every_step_train_the_same(folder, tmp_path):
     """Micro-batches do not matter, and the latents encoded on the fly are those of the clips."""
-    weights = []
+    weights, norms = [], []
     for batch, accumulation in ((4, 1), (2, 2)):
         run = trainer(
             folder, tmp_path, batch_size=batch, gradient_accumulation_steps=accumulation, latent_cache=None, clip_after=0
@@ -263,15 +264,42 @@ def test_accumulation_and_encoding_at_every_step_train_the_same(folder, tmp_path
         for _ in range(2):
             batches = next(steps)
             assert len(batches) == accumulation
-            run.train_step(batches)
+            norms.append(run.train_step(batches)["grad_norm"])
         weights.append([parameter.detach().clone() for parameter in run.model.parameters()])
     for one, two in zip(*weights, strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=1e-5)
+    assert norms[:2] == pytest.approx(norms[2:], rel=1e-4)
     batch = batches[0]
     assert batch["video"].shape == (2, 3, 8, 32, 32)
     with torch.no_grad():
         posterior = tiny_vae().encode(batch["video"]).latent_dist
     torch.testing.assert_close(run.posteriors(batch)[:, :4], posterior.mean, rtol=0, atol=1e-5)
+
+
+def test_the_loss_is_of_noised_normalised_posterior_samples(folder, tmp_path):
+    run = trainer(folder, tmp_path)
+    with torch.no_grad():  # the last layer starts at zero, and would show nothing
+        run.model.final_layer.linear.weight.normal_(std=0.2)
+    (batch,) = next(run.steps())
+    actual = run.loss(batch)
+    outputs, cleans, noises, times = [], [], [], []
+    bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
+    mean, std = (torch.tensor(values)[:, None, None, None] for values in (MEAN, STD))
+    for posterior, seed in zip(batch["posterior"], batch["noise_seeds"], strict=True):
+        generator = torch.Generator().manual_seed(seed)
+        center, logvar = posterior[:4], posterior[4:]
+        latents = center + logvar.exp().sqrt() * torch.randn(4, 2, 4, 4, generator=generator)
+        t = torch.randint(1000, (), generator=generator)
+        noise = torch.randn(4, 2, 4, 4, generator=generator)
+        clean = (latents - mean) / std
+        noisy = bar[t].sqrt().float() * clean + (1 - bar[t]).sqrt().float() * noise
+        outputs.append(run.model(noisy[None], t).sample)
+        cleans, noises, times = [*cleans, clean], [*noises, noise], [*times, t]
+    expected = learned_range_loss(
+        torch.cat(outputs), torch.stack(cleans), torch.stack(noises), torch.stack(times), run.schedule
+    )
+    assert expected.vlb > 1e-3
+    torch.testing.assert_close(torch.stack(actual), torch.stack(expected), rtol=1e-4, atol=0)
 
 
 def test_draws_depend_on_the_seed_of_the_clip_alone():
