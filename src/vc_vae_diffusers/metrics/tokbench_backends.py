@@ -191,7 +191,7 @@ class GlintEmbedder:
 
 
 class DlibEmbedder:
-    """dlib's face recognition network (CC0), 128 values; strangers already have a cosine of about 0.9.
+    """dlib's face recognition network (CC0), 128 values; strangers already have a cosine of 0.7 to 0.9.
 
     Raises:
         ImportError: if dlib or its models are missing.

@@ -1,0 +1,205 @@
+"""The command `vcvae report`, as a plain function for the command line to register."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from ..evaluation.journal import file_name, write_atomically
+from ..evaluation.results import read_result
+from .figures import (
+    CURVES,
+    SOURCE,
+    Crop,
+    choose_crop,
+    draw_crops,
+    draw_curves,
+    draw_errors,
+    draw_frames,
+    load_clips,
+    pick_frames,
+    save_png,
+)
+from .page import Picture, Section, describe_models, render_page
+from .paper import TABLES
+from .tables import tables_of
+
+
+def report(
+    results: Annotated[list[Path], typer.Argument(help="Result files of `vcvae evaluate`.")],
+    out: Annotated[Path, typer.Option(help="Folder for index.html, tables (.md, .tex, .csv) and figures (.png).")] = Path(
+        "report"
+    ),
+    paper: Annotated[
+        list[str] | None, typer.Option(help="Show these tables of the paper too: " + ", ".join(TABLES) + ".")
+    ] = None,
+    crop: Annotated[
+        str | None, typer.Option(help="LEFT,TOP,SIDE of the zoomed square; else where models differ most.")
+    ] = None,
+    title: Annotated[str, typer.Option(help="Of the page.")] = "Reconstruction by video autoencoders",
+) -> None:
+    """Turn results into the paper's tables and figures, with the paper's own numbers marked as reported."""
+    page = write_report(results, out, paper=paper or [], crop=_parse_crop(crop), title=title, command=_command_line())
+    Console(stderr=True).print(f"Wrote {page}")
+
+
+def write_report(
+    results: Sequence[str | os.PathLike],
+    out: str | os.PathLike,
+    *,
+    paper: Sequence[str] = (),
+    crop: Crop | None = None,
+    title: str = "Reconstruction by video autoencoders",
+    command: str = "",
+) -> Path:
+    """Write page, tables and figures.
+
+    Args:
+        results: result files. Files of one protocol on the same samples share their tables.
+        out: the folder, created if missing.
+        paper: tables of the paper to show besides those that the protocols name.
+        crop: the zoomed square.
+        title: of the page.
+        command: that made it, to be shown on the page.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ValueError: for files that are no results, or models with one label in one table.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    sections = []
+    for name, group in _grouped(results).items():
+        sections.append(_section(name, group, out, paper, crop))
+    today = datetime.now(timezone.utc).date().isoformat()
+    lead = [f"Written {today}" + (f" by: {command}" if command else "")]
+    write_atomically(out / "index.html", render_page(title, lead, sections))
+    return out / "index.html"
+
+
+def _grouped(results: Sequence[str | os.PathLike]) -> dict[str, dict[str, Any]]:
+    """Results by name; those of one protocol on the same samples are one, with the models of all."""
+    groups: dict[str, dict[str, Any]] = {}
+    keys: dict[str, str] = {}
+    for path in map(Path, results):
+        result = read_result(path)
+        kept = result.get("frames", {"folder": None, "samples": []})
+        for entry in result["models"]:
+            entry["frames_folder"] = None if kept["folder"] is None else path.parent / kept["folder"]
+            entry["frames_of"] = kept["samples"]
+        key = json.dumps([result["protocol"], result["samples"]["sha256"]], sort_keys=True)
+        if key not in keys:
+            name = path.stem if path.stem not in groups else f"{path.stem} ({len(groups) + 1})"
+            keys[key] = name
+            groups[name] = result
+            continue
+        found = groups[keys[key]]
+        labels = {entry["label"] for entry in found["models"]}
+        for entry in result["models"]:
+            if entry["label"] in labels:
+                raise ValueError(f"{path} has a model {entry['label']!r}, which another result of the same protocol has too")
+        found["models"] += result["models"]
+    return groups
+
+
+def _section(name: str, result: Mapping[str, Any], out: Path, paper: Sequence[str], crop: Crop | None) -> Section:
+    slug, models, protocol = file_name(name), result["models"], result["protocol"]
+    tables = tables_of(result, name, paper)
+    for number, table in enumerate(tables):
+        stem = f"{slug}_table{number + 1}" if len(tables) > 1 else f"{slug}_table"
+        forms = {".md": table.to_markdown(), ".tex": table.to_latex(), ".csv": table.to_csv()}
+        for suffix, text in forms.items():
+            write_atomically(out / f"{stem}{suffix}", text)
+    warnings = [f"{entry['label']}: {warning}" for entry in models for warning in entry["warnings"]]
+    skipped = "\n".join(dict.fromkeys(record["skipped"] for entry in models for record in entry["skipped"]))
+    details = [
+        ("Protocol", json.dumps(protocol, indent=1)),
+        ("Models and metrics", describe_models(models)),
+        ("Packages", "\n".join(f"{entry['label']}: {json.dumps(entry['packages'])}" for entry in models)),
+        (f"Samples ({result['samples']['count']}, sha256 {result['samples']['sha256'][:16]}…)", _samples(result)),
+    ]
+    if skipped:
+        details.append(("Files that could not be used", skipped))
+    return Section(
+        title=f"{name}: {protocol['description'] or protocol['name']}",
+        tables=tables,
+        curves=_curves(slug, models, out),
+        strips=_strips(slug, result, out, crop),
+        warnings=warnings,
+        details=details,
+    )
+
+
+def _samples(result: Mapping[str, Any]) -> str:
+    samples = result["samples"]
+    return "\n".join([f"{samples['source']}", *samples["names"]])
+
+
+def _curves(slug: str, models: Sequence[Mapping[str, Any]], out: Path) -> list[Picture]:
+    """All curves, and Fig. 4b where the first frame was scored."""
+    present = [m for m in CURVES if any(len(entry["curves"].get(m, [])) > 1 for entry in models)]
+    if not present:
+        return []
+    pictures = [("curves", "Metrics by frame index, mean over samples", present, None)]
+    if models[0]["first_frame"] and "ssim" in present:
+        pictures.append(("fig4b", "SSIM of the first five frames (Fig. 4b)", ["ssim"], 5))
+    result = []
+    for stem, caption, metrics, frames in pictures:
+        path = out / f"{slug}_{stem}.png"
+        save_png(draw_curves(models, metrics, frames), path)
+        result.append(Picture(path, caption))
+    return result
+
+
+def _strips(slug: str, result: Mapping[str, Any], out: Path, crop: Crop | None) -> dict[str, list[Picture]]:
+    strips: dict[str, list[Picture]] = {}
+    kept = [entry for entry in result["models"] if entry["frames_folder"] is not None]
+    for sample in dict.fromkeys(name for entry in kept for name in entry["frames_of"]):
+        folders = {entry["label"]: entry["frames_folder"] / file_name(sample) for entry in kept}
+        folders = {label: folder for label, folder in folders.items() if (folder / file_name(label)).is_dir()}
+        if not folders:
+            continue  # the file could not be used, which the section says
+        source = next(iter(folders.values())) / SOURCE
+        clips = load_clips(sample, source, {label: folder / file_name(label) for label, folder in folders.items()})
+        square = choose_crop(clips) if crop is None else crop
+        frames = pick_frames(len(clips.source))
+        chosen = "where the models differ most" if crop is None else "as given"
+        where = f"{square.side} pixels square at ({square.left}, {square.top}), {chosen}"
+        drawn = [
+            ("frames", f"Frames; the outlined square is {where}", draw_frames(clips, square, frames)),
+            ("crops", "The outlined square, enlarged", draw_crops(clips, square, frames)),
+            ("errors", "Error maps", draw_errors(clips, frames)),
+        ]
+        strips[sample] = []
+        for stem, caption, image in drawn:
+            path = out / f"{slug}_{file_name(sample)}_{stem}.png"
+            save_png(image, path)
+            strips[sample].append(Picture(path, caption))
+    return strips
+
+
+def _parse_crop(text: str | None) -> Crop | None:
+    if text is None:
+        return None
+    try:
+        left, top, side = (int(part) for part in text.split(","))
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is not LEFT,TOP,SIDE in pixels", param_hint="--crop") from error
+    if min(left, top) < 0 or side < 1:
+        raise typer.BadParameter(f"{text!r} must not be negative, and the side at least 1", param_hint="--crop")
+    return Crop(left, top, side)
+
+
+def _command_line() -> str:
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
