@@ -276,6 +276,15 @@ class GroupCausalConv3d(TemporalConv3d):
         y = torch.cat([inner, last], dim=2).movedim(1, -1)
         return y.reshape(batch, frames, height, width, self.out_channels).movedim(-1, 1)
 
+    def following(self, first: torch.Tensor, last: torch.Tensor, count: int) -> torch.Tensor:
+        """The frame after each tile: the first of the next one; it is missing after every `count`-th, a group's last."""
+        missing = self.missing_neighbour(last)
+        if count == 1:
+            return missing
+        following = torch.cat([first[:, :, 1:], first[:, :, :1]], dim=2).unflatten(2, (-1, count))
+        missing = missing.unflatten(2, (-1, count))
+        return torch.cat([following[:, :, :, :-1], missing[:, :, :, -1:]], dim=3).flatten(2, 3)
+
     def winograd_outputs(self, x: torch.Tensor, group: int) -> int:
         """Which F(m, 3) serves a tensor like `x` in groups of `group`: its m, or 0 for direct evaluation."""
         if self.evaluation == "direct" or group % 2 != 0 or (self.evaluation == "auto" and x.device.type != "cpu"):
@@ -291,11 +300,7 @@ class GroupCausalConv3d(TemporalConv3d):
             kernels = winograd.transform_kernel(kernel, outputs)
         inside = x.unflatten(2, (-1, outputs)).unbind(3)  # outputs times (B, C, tiles, H, W)
         before = shifted(past, inside[-1])
-        after = self.missing_neighbour(inside[-1])
-        if group > outputs:  # only the last tile of a group misses its future
-            within = torch.cat([inside[0][:, :, 1:], inside[0][:, :, :1]], dim=2).unflatten(2, (-1, group // outputs))
-            at_end = after.unflatten(2, (-1, group // outputs))
-            after = torch.cat([within[:, :, :, :-1], at_end[:, :, :, -1:]], dim=3).flatten(2, 3)
+        after = self.following(inside[0], inside[-1], group // outputs)
         products = winograd.transform_frames([before, *inside, after])
         products = [
             self.convolve_frames(frames, kernel, self.bias if i == winograd.BIASED_PRODUCT else None)
@@ -319,6 +324,21 @@ class GroupCausalTDC(GroupCausalConv3d):
         if self.temporal_padding == "zeros":
             return super().two_tap_kernel()
         return fold_tdc(self.weight[:, :, :2], anchor=1)  # X_{t+1} = X_t: W_f multiplies zero
+
+    def components(self, x: torch.Tensor, cache: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """The terms of Eq. 5 apart (Fig. 5): with the bias, their sum is what `forward` returns.
+
+        Args:
+            x, cache: as for `forward`.
+
+        Returns:
+            `(B, C_out, T, H, W)` by slice: `anchor` is `W_a*X_t`, `past` and `future` are what the differences add.
+        """
+        past = shifted(self.missing_past(x) if cache is None else cache, x)
+        future = self.following(x, x, min(self.group_size, x.shape[2]))
+        inputs = {"past": past - x, "anchor": x, "future": future - x}
+        kernels = frame_kernels(self.weight)
+        return {name: self.convolve_frames(inputs[name], kernels[k], None) for k, name in enumerate(self.slices)}
 
 
 class CausalConv3d(TemporalConv3d):
