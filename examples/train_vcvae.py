@@ -498,14 +498,14 @@ class Trainer:
     def restore(self, state: dict) -> None:
         """Take over what a checkpoint's state says, and name every option that changed since."""
         self.step, self.pending = state["step"], state["pending"]
-        processes = len(state["streams"])
-        if any(state["streams"]) and processes != self.accelerator.num_processes:
+        streams = state.get("streams", [])
+        if any(streams) and len(streams) != self.accelerator.num_processes:
             raise ValueError(
-                f"the checkpoint has the shard streams of {processes} processes, this run has "
+                f"the checkpoint has the shard streams of {len(streams)} processes, this run has "
                 f"{self.accelerator.num_processes}; resume shards with as many as the run began with"
             )
-        if any(state["streams"]):
-            self.positions = [tuple(position) for position in state["streams"][self.accelerator.process_index]]
+        if any(streams):
+            self.positions = [tuple(position) for position in streams[self.accelerator.process_index]]
             self.batches_done = state["batches_done"]
         self.scheduler.load_state_dict(state["scheduler"])
         if self.gan:
