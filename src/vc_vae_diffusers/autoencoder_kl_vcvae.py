@@ -20,6 +20,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
+from .auto_map import AutoMapMixin
 from .blocks import Cache, Decoder, Encoder, TemporalDesign
 from .image_vae import HUB_OPTIONS, inflate, read_image_vae
 from .tdc import TemporalConv3d, per_frame
@@ -41,7 +42,7 @@ class AutoencoderKLVCVAEOutput(BaseOutput):
     latent_dist: DiagonalGaussianDistribution
 
 
-class AutoencoderKLVCVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
+class AutoencoderKLVCVAE(AutoMapMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
     r"""VC-VAE, a video VAE with a keyframe anchor and Temporal Dynamic Difference Convolutions.
 
     Video is `(B, C, T, H, W)` in [-1, 1], latents are `(B, latent_channels, ceil(T / r_t), H / r_s, W / r_s)`. Any T >= 1

@@ -18,6 +18,8 @@ from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from safetensors import safe_open
 
+from .auto_map import AutoMapMixin
+
 # Names that published folders contain: they are for ever. The models' stub is named as the package, where diffusers looks
 # for the class of a component that the caller passes instead.
 MODEL_STUB, PIPELINE_STUB = "vc_vae_diffusers", "pipeline_latte_vcvae"
@@ -30,15 +32,6 @@ from vc_vae_diffusers.{module} import {names}
 
 __all__ = [{quoted}]
 '''
-
-
-class AutoMapMixin:
-    """Lets a class load configurations with `auto_map`, diffusers' entry for stubs, without a warning about it."""
-
-    @classmethod
-    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
-        known = {name: value for name, value in config_dict.items() if name != "auto_map"}
-        return super().extract_init_dict(known, **kwargs)
 
 
 class HubPipelineMixin(AutoMapMixin):

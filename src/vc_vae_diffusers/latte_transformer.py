@@ -18,7 +18,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from safetensors.torch import load_file
 from torch import nn
 
-from .hub import AutoMapMixin
+from .auto_map import AutoMapMixin
 
 # Latte's published sizes: number of blocks (half of them spatial, half temporal), width, attention heads.
 LATTE_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
