@@ -475,17 +475,19 @@ def test_info(model, make_vae, tmp_path):
 
 def test_demo(model, tmp_path, monkeypatch):
     carried = encode(tmp_path / "carried.mp4", numbered_frames(20, 32, 64))
-    monkeypatch.setattr(demo_module, "carried_clip", lambda: carried)
+    monkeypatch.setattr(demo_module, "carried_clip", lambda: (carried, 0.2))
     result = run("demo", "--out", tmp_path / "out", "--num-frames", 9, "--model", model)
     assert "side_by_side.mp4" in result.stdout
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["reconstruction.mp4", "result.json", "side_by_side.mp4"]
     figures = json.loads((tmp_path / "out" / "result.json").read_text())
     assert (figures["frames"], figures["input"]) == (9, str(carried))
-    assert probe(tmp_path / "out" / "side_by_side.mp4").width == 128
+    pair = read(tmp_path / "out" / "side_by_side.mp4")
+    assert pair.shape == (1, 3, 9, 32, 128)
+    assert (pair[..., :64].float() - read(carried)[:, :, 5:14].float()).abs().mean() < 6
 
 
 def test_demo_without_a_carried_clip_makes_a_moving_pattern(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(demo_module, "_CARRIED", (("no_such_package_anywhere", "a.mp4"),))
+    monkeypatch.setattr(demo_module, "_CARRIED", (("no_such_package_anywhere", "a.mp4", 0.0),))
     result = run_json("demo", "--out", tmp_path / "deep" / "out", "--num-frames", 5, "--model", model)
     assert result["frames"] == 5
     pattern = read(tmp_path / "deep" / "out" / "test_pattern.mp4").float()
@@ -500,5 +502,5 @@ def test_carried_clip_is_found_without_importing_its_package(tmp_path, monkeypat
     (package / "__init__.py").write_text("raise AssertionError('must not be imported')")
     (package / "data" / "clip.mp4").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(demo_module, "_CARRIED", (("carrier", "data/missing.mp4"), ("carrier", "data/clip.mp4")))
-    assert demo_module.carried_clip() == package / "data" / "clip.mp4"
+    monkeypatch.setattr(demo_module, "_CARRIED", (("carrier", "data/missing.mp4", 0.0), ("carrier", "data/clip.mp4", 2.5)))
+    assert demo_module.carried_clip() == (package / "data" / "clip.mp4", 2.5)

@@ -13,7 +13,8 @@ Choices worth knowing:
 - **Resizing** is `torch.nn.functional.interpolate(mode="bilinear", antialias=True)` on float32 RGB: the kernel of the
   evaluation protocol. FFmpeg's scaler works on chroma-subsampled planes, and its result depends on flags and version.
 - **10-bit and deeper** frames keep their precision in float32 chunks and are rounded in uint8 ones.
-- **Damage is an error**, never a shorter or concealed clip: reading raises `VideoReadError` at the frame concerned.
+- **Damage is an error**, never a shorter or concealed clip: reading raises `VideoReadError` at the frame concerned. What the
+  codec does not notice is not noticed: H.264 has no checksum.
 """
 
 from __future__ import annotations

@@ -325,41 +325,26 @@ class Decoding:
         Raises:
             VideoReadError: at the first damaged frame, and at the end of a truncated file.
         """
-        count, packets, first, last, failure = 0, 0, None, None, None
+        count, packets, shown, last = 0, 0, 0, None
         try:
             if seek is not None:
                 self.container.seek(seek, stream=self.stream)
                 self.decoder.flush_buffers()
             for packet in self.container.demux(self.stream):
-                if packet.size:
-                    packets += 1
-                    first = packet.pts if packets == 1 and seek is not None else first
-                if packet.is_corrupt:
-                    failure = "a packet is incomplete"
-                    break
-                for frame in self.decoder.decode(packet):
-                    if first is not None and frame.pts is not None and frame.pts < first:
-                        continue  # leading pictures of an open group, which refer to frames before the seek point
+                packets += packet.size > 0
+                shown += packet.size > 0 and not packet.is_discard
+                # Before a packet that was cut off: what reordering and threads keep inside the decoder is still good.
+                for frame in self.decoder.decode(None if packet.is_corrupt else packet):
                     if frame.is_corrupt:
                         raise self._damaged(count, "the decoder had to conceal errors")
                     count, last = count + 1, frame
                     yield frame
+                if packet.is_corrupt:
+                    raise self._damaged(count, "a packet is incomplete")
         except av.FFmpegError as error:
-            failure = error.strerror or str(error)
-        if failure is not None:
-            for frame in self._held_back():
-                count += 1
-                yield frame
-            raise self._damaged(count, failure)
+            raise self._damaged(count, error.strerror or str(error)) from error
         if seek is None:
-            self._check_complete(packets, count, last)
-
-    def _held_back(self) -> list[av.VideoFrame]:
-        """Good frames that reordering and threads kept inside the decoder when a later packet failed."""
-        try:
-            return list(itertools.takewhile(lambda frame: not frame.is_corrupt, self.decoder.decode(None)))
-        except av.FFmpegError:
-            return []  # the failure that led here is what gets reported
+            self._check_complete(packets, shown, count, last)
 
     def _damaged(self, count: int, reason: str) -> VideoReadError:
         return VideoReadError(
@@ -368,9 +353,12 @@ class Decoding:
             "Download or re-encode it, or read only the good part with a frame range.",
         )
 
-    def _check_complete(self, packets: int, count: int, last: av.VideoFrame | None) -> None:
+    def _check_complete(self, packets: int, shown: int, count: int, last: av.VideoFrame | None) -> None:
         if last is None:
             raise VideoReadError(self.path, "holds no decodable frame", "Re-encode or replace the file.")
+        if self.indexable and count < shown:
+            # PyAV drops an error that comes behind a good frame of the same packet.
+            raise self._damaged(count, f"{shown - count} frames of {shown} could not be decoded")
         formats = set(self.container.format.name.split(","))
         if formats & {"mov", "mp4"} and packets < len(self.stream.index_entries):
             raise self._damaged(count, f"{packets} of {len(self.stream.index_entries)} packets are there")

@@ -71,7 +71,8 @@ def _card(path: Path) -> str | None:
 
 def _tables(result: dict[str, Any]) -> list[Table]:
     parameters, compression, memory = result["parameters"], result["compression"], result["bytes_in_memory"]
-    facts = Table(title=result["model"], title_justify="left", show_header=False)
+    facts = Table(show_header=False)
+    facts.add_row("model", result["model"])
     if result["card"]:
         facts.add_row("what it is", result["card"])
     if result["path"]:

@@ -199,7 +199,7 @@ def encode(
         place = str(Path(model).resolve()) if model is not None and Path(model).exists() else model
         origin = {"model": place or "bundled", "subfolder": subfolder or ""}
         result = _encode_file(vae, reader, out, origin, generator, seed)
-    table = Table(title="Latents", title_justify="left", show_header=False)
+    table = Table(show_header=False)
     for key in ("frames", "shape", "dtype", "posterior", "model"):
         table.add_row(key, str(result[key]))
     emit({"command": "encode", **result}, as_json, table, files_table({"latents": out}))

@@ -113,7 +113,7 @@ def reconstruct(
         )
     result = {"command": "reconstruct", "model": model_name(model, subfolder), **result}
     files = {"reconstruction": out} | ({"side by side" if not image else "comparison": compare} if compare else {})
-    emit(result, as_json, *([quality_table(result)] if metrics else []), files_table(files))
+    emit(result, as_json, summary_line(result), *([quality_table(result)] if metrics else []), files_table(files))
 
 
 def reconstruct_file(
@@ -268,10 +268,16 @@ class FrameScores:
         }
 
 
+def summary_line(result: dict[str, Any]) -> str:
+    """What was reconstructed, how fast."""
+    size = f"{result['width']}x{result['height']} at {float(Fraction(result['fps'])):.4g} fps"
+    speed = f"{result['frames_per_second']:.1f} frames/s on {result['device']} in {result['dtype']}"
+    return f"{result['frames']} frames, {size}, through the {result['model']} model: {speed}"
+
+
 def quality_table(result: dict[str, Any]) -> Table:
     """PSNR and SSIM by frame range, and of the whole."""
-    title = f"{result['frames']} frames, {result['width']}x{result['height']}, {result['frames_per_second']:.1f} frames/s"
-    table = Table(title=title, title_justify="left")
+    table = Table()
     for column in ("frames", "PSNR (dB)", "SSIM"):
         table.add_column(column, justify="right")
     for row in result["ranges"]:

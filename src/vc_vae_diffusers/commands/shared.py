@@ -278,20 +278,20 @@ def counted(frames: Iterator[Any], progress: Progress, task: Any, length: Any) -
         progress.advance(task, length(item))
 
 
-def emit(result: dict[str, Any], as_json: bool, *tables: Table) -> None:
-    """The result on stdout: JSON for machines, tables for people."""
+def emit(result: dict[str, Any], as_json: bool, *parts: Table | str) -> None:
+    """The result on stdout: JSON for machines, tables and lines for people."""
     if as_json:
         typer.echo(json.dumps(result, indent=2, allow_nan=False))
         return
     console = Console()
-    for table in tables:
-        console.print(table)
+    for part in parts:
+        console.print(part, highlight=False)
 
 
 def files_table(files: dict[str, Path]) -> Table:
     """Where the files are, and how large."""
-    table = Table(title="Files", title_justify="left")
-    table.add_column("what")
+    table = Table()
+    table.add_column("file")
     table.add_column("where", overflow="fold")
     table.add_column("size", justify="right")
     for what, path in files.items():
