@@ -97,13 +97,14 @@ def evaluate(
 
 
 def summary_table(result: dict[str, Any]) -> Table:
-    """The averages of a result, one row a model."""
-    names = list(dict.fromkeys(name for entry in result["models"] for name in entry["metrics"]))
+    """The averages of a result, one column a model."""
+    names = dict.fromkeys(name for entry in result["models"] for name in entry["metrics"])
     table = Table(title=f"{result['protocol']['name']}, {result['samples']['count']} samples")
-    table.add_column("model")
-    for name in names:
-        table.add_column(f"{name} ({UNITS[name]})" if name in UNITS else name, justify="right")
+    table.add_column("metric", no_wrap=True)
     for entry in result["models"]:
-        values = [entry["metrics"].get(name) for name in names]
-        table.add_row(entry["label"], *("" if value is None else f"{value['value']:.5g}" for value in values))
+        table.add_column(entry["label"], justify="right", overflow="fold")
+    for name in names:
+        values = [entry["metrics"].get(name) for entry in result["models"]]
+        cells = ("" if value is None else f"{value['value']:.5g}" for value in values)
+        table.add_row(f"{name} ({UNITS[name]})" if name in UNITS else name, *cells)
     return table

@@ -87,7 +87,8 @@ def load_model(
         return load_user_model(path, checkpoint or None, device, dtype)
     if spec.source.startswith(INFLATE):
         source, subfolder = _locate(spec.source.removeprefix(INFLATE))
-        module = AutoencoderKLVCVAE.from_image_vae(source, subfolder=subfolder, token=token).to(dtype)
+        module = AutoencoderKLVCVAE.from_image_vae(source, subfolder=subfolder, token=token)
+        module = module if dtype == module.dtype else module.to(dtype)
     else:
         module = _read_module(*_locate(spec.source), dtype, token)
     module = module.eval().requires_grad_(False).to(device)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..metrics.fvd import MIN_CLIPS, FVDFeatures, fvd, fvd_batch_mean
+from ..metrics.fvd import MIN_CLIPS, FVDFeatures, frechet_distance, fvd_batch_mean
 from ..metrics.i3d import MIN_FRAMES
 from ..metrics.perceptual import LPIPSMetric
 from ..weights import I3D_KINETICS400, LPIPS_ALEX, LPIPS_VGG, MetricWeights, find_weights
@@ -91,7 +91,8 @@ def summarise_fvd(protocol: Protocol, generated: list[str], reference: list[str]
     """
     sets = [torch.from_numpy(np.stack([decode_features(text) for text in texts])) for texts in (reference, generated)]
     counts = {"clips": len(generated), "reference_clips": len(reference)}
-    value = fvd(*sets) if min(counts.values()) > 1 else math.nan
+    # What `fvd` would log about small sets is written into the result instead (`fvd_warnings`).
+    value = frechet_distance(*sets) if min(counts.values()) > 1 else math.nan
     metrics = {"fvd": {"value": value, **counts}}
     if protocol.kind != "generation":
         size = protocol.fvd_batch_size

@@ -132,13 +132,24 @@ def _section(name: str, result: Mapping[str, Any], out: Path, paper: Sequence[st
     if skipped:
         details.append(("Files that could not be used", skipped))
     return Section(
-        title=f"{name}: {protocol['description'] or protocol['name']}",
+        title=name,
+        summary=_summary(protocol, result["samples"]["count"]),
         tables=tables,
         curves=_curves(slug, models, out),
         strips=_strips(slug, result, out, crop),
         warnings=warnings,
         details=details,
     )
+
+
+def _summary(protocol: Mapping[str, Any], count: int) -> str:
+    """What was done, from the fields and not from the preset's description, which a changed protocol keeps."""
+    frames = "whole videos" if protocol["num_frames"] is None else f"{protocol['num_frames']} frames"
+    size = "native size" if protocol["size"] is None else f"{protocol['size']} pixels"
+    parts = [f"Protocol {protocol['name']}", f"{count} samples", "images" if protocol["kind"] == "image" else frames, size]
+    if protocol["without_first_frame"]:
+        parts.append("scored without the first frame")
+    return ", ".join(parts) + "."
 
 
 def _samples(result: Mapping[str, Any]) -> str:
@@ -165,13 +176,14 @@ def _curves(slug: str, models: Sequence[Mapping[str, Any]], out: Path) -> list[P
 def _strips(slug: str, result: Mapping[str, Any], out: Path, crop: Crop | None) -> dict[str, list[Picture]]:
     strips: dict[str, list[Picture]] = {}
     kept = [entry for entry in result["models"] if entry["frames_folder"] is not None]
+    first = 1 if result["protocol"]["without_first_frame"] else 0
     for sample in dict.fromkeys(name for entry in kept for name in entry["frames_of"]):
         folders = {entry["label"]: entry["frames_folder"] / file_name(sample) for entry in kept}
         folders = {label: folder for label, folder in folders.items() if (folder / file_name(label)).is_dir()}
         if not folders:
             continue  # the file could not be used, which the section says
         source = next(iter(folders.values())) / SOURCE
-        clips = load_clips(sample, source, {label: folder / file_name(label) for label, folder in folders.items()})
+        clips = load_clips(sample, source, {label: folder / file_name(label) for label, folder in folders.items()}, first)
         square = choose_crop(clips) if crop is None else crop
         frames = pick_frames(len(clips.source))
         chosen = "where the models differ most" if crop is None else "as given"

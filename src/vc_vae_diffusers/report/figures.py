@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ SOURCE = "source"
 CURVES = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips_vgg": "LPIPS (vgg)", "lpips_alex": "LPIPS (alex)"}
 INK, PAPER, ACCENT = (28, 28, 30), (255, 255, 255), (230, 57, 70)
 CELL, GAP, LABEL = 192, 4, 150
+LINE_STYLES = ("o-", "s--", "^:", "D-.")  # told apart where curves coincide
 ERROR_FULL_SCALE = 0.25  # of the range: an error map is white-hot there and above
 
 
@@ -46,10 +48,10 @@ def draw_curves(entries: Sequence[Mapping[str, Any]], metrics: Sequence[str], fr
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis, metric in zip(axes, metrics, strict=False):
-        for entry in entries:
+        for entry, style in zip(entries, itertools.cycle(LINE_STYLES)):
             start = entry["videos"][0]["first_frame_index"]
             values = entry["curves"].get(metric, [])[:frames]
-            axis.plot(range(start, start + len(values)), values, marker="o", markersize=3, label=entry["label"])
+            axis.plot(range(start, start + len(values)), values, style, markersize=4, label=entry["label"])
         axis.set_xlabel("frame")
         axis.set_ylabel(CURVES[metric])
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -89,20 +91,28 @@ class Crop:
 
 @dataclass
 class Clips:
-    """Frames of one sample: the source's and every model's, (T, H, W, 3) uint8, as many of each."""
+    """Frames of one sample: the source's and every model's, (T, H, W, 3) uint8, as many of each.
+
+    Args:
+        name: of the sample.
+        source, models: the frames.
+        first: the frame number of the first one, in the clip that the protocol takes.
+    """
 
     name: str
     source: np.ndarray
     models: dict[str, np.ndarray]
+    first: int = 0
 
 
-def load_clips(name: str, source: Path, models: Mapping[str, Path]) -> Clips:
+def load_clips(name: str, source: Path, models: Mapping[str, Path], first: int = 0) -> Clips:
     """Read the frames that `vcvae evaluate --save-frames` kept of a sample.
 
     Args:
         name: of the sample.
         source: folder of the source's frames.
         models: folder of a model's frames, by its label; models without one are left out.
+        first: number of the first frame.
 
     Raises:
         ValueError: if no frames are there, or sizes differ.
@@ -116,7 +126,7 @@ def load_clips(name: str, source: Path, models: Mapping[str, Path]) -> Clips:
             sizes = f"{original.shape[1:3]} and, of {label}, of {frames.shape[1:3]}"
             raise ValueError(f"the frames of {name} are of {sizes}; compare results of one protocol only")
     count = min(len(frames) for frames in [original, *clips.values()])
-    return Clips(name, original[:count], {label: frames[:count] for label, frames in clips.items()})
+    return Clips(name, original[:count], {label: frames[:count] for label, frames in clips.items()}, first)
 
 
 def _read_frames(folder: Path) -> np.ndarray:
@@ -156,7 +166,7 @@ def pick_frames(count: int, wanted: int = 4) -> list[int]:
 
 
 def draw_frames(clips: Clips, crop: Crop, frames: Sequence[int]) -> Image.Image:
-    """Rows of source and models, columns of frames, with the crop outlined."""
+    """Rows of source and models, columns of frames (of the kept ones), with the crop outlined."""
     scale = _scale(clips.source.shape[1:3])
     rows = {SOURCE: clips.source, **clips.models}
     cells = {}
@@ -165,7 +175,7 @@ def draw_frames(clips: Clips, crop: Crop, frames: Sequence[int]) -> Image.Image:
         for cell in cells[label]:
             left, top, side = (round(value * scale) for value in (crop.left, crop.top, crop.side))
             ImageDraw.Draw(cell).rectangle((left, top, left + side - 1, top + side - 1), outline=ACCENT, width=2)
-    return _grid(cells, [f"frame {index}" for index in frames])
+    return _grid(cells, _heads(clips, frames))
 
 
 def draw_crops(clips: Clips, crop: Crop, frames: Sequence[int]) -> Image.Image:
@@ -173,7 +183,7 @@ def draw_crops(clips: Clips, crop: Crop, frames: Sequence[int]) -> Image.Image:
     rows = {SOURCE: clips.source, **clips.models}
     scale = CELL / crop.side
     cells = {label: [_fit(crop.of(clip[index]), scale) for index in frames] for label, clip in rows.items()}
-    return _grid(cells, [f"frame {index}" for index in frames])
+    return _grid(cells, _heads(clips, frames))
 
 
 def draw_errors(clips: Clips, frames: Sequence[int]) -> Image.Image:
@@ -183,7 +193,7 @@ def draw_errors(clips: Clips, frames: Sequence[int]) -> Image.Image:
     for label, clip in clips.models.items():
         errors = error_of(clip[list(frames)], clips.source[list(frames)])
         cells[label] = [_fit(_heat(error / ERROR_FULL_SCALE), scale) for error in errors]
-    grid = _grid(cells, [f"frame {index}" for index in frames])
+    grid = _grid(cells, _heads(clips, frames))
     bar = Image.fromarray(np.repeat(_heat(np.linspace(0, 1, 256)[None]), 12, axis=0))
     canvas = Image.new("RGB", (grid.width, grid.height + 34), PAPER)
     canvas.paste(grid, (0, 0))
@@ -193,6 +203,10 @@ def draw_errors(clips: Clips, frames: Sequence[int]) -> Image.Image:
     text = f"{ERROR_FULL_SCALE:g} of the range or more: mean absolute error over colours"
     draw.text((LABEL + 244, grid.height + 18), text, font=font, fill=INK)
     return canvas
+
+
+def _heads(clips: Clips, frames: Sequence[int]) -> list[str]:
+    return [f"frame {clips.first + index}" for index in frames]
 
 
 def _heat(values: np.ndarray) -> np.ndarray:

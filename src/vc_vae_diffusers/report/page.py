@@ -26,7 +26,7 @@ nav a { color: var(--accent); margin-right: 1rem; }
 figure { margin: 1rem 0 1.5rem; } figcaption { font-weight: 600; margin-bottom: .4rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
-th, td { padding: .35rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
+th, td { padding: .35rem .55rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 thead th { background: var(--tint); } th:first-child, td.text { text-align: left; } tbody th { font-weight: 500; }
 td.best { font-weight: 700; } tr.reported { color: var(--soft); font-style: italic; }
 img { display: block; max-width: 100%; height: auto; background: #fff; border: 1px solid var(--line);
@@ -51,6 +51,7 @@ class Section:
 
     Args:
         title: head of the section.
+        summary: what was measured, in a line below.
         tables: first.
         curves: then.
         strips: by sample.
@@ -59,6 +60,7 @@ class Section:
     """
 
     title: str
+    summary: str
     tables: list[Table]
     curves: list[Picture] = field(default_factory=list)
     strips: dict[str, list[Picture]] = field(default_factory=dict)
@@ -86,7 +88,7 @@ def render_page(title: str, lead: Sequence[str], sections: Sequence[Section]) ->
 
 
 def _section(section: Section, anchor: str) -> str:
-    parts = [f'<section id="{anchor}"><h2>{html.escape(section.title)}</h2>']
+    parts = [f'<section id="{anchor}"><h2>{html.escape(section.title)}</h2><p class=lead>{html.escape(section.summary)}</p>']
     parts += [f"<p class=warning>{html.escape(text)}</p>" for text in section.warnings]
     parts += [table.to_html() for table in section.tables]
     if section.curves:

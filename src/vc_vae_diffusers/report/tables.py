@@ -205,7 +205,7 @@ def column_of(key: str) -> Column:
     name, _, part = key.partition("/")
     suffix = f" {'mean' if part == 'value' else part}" if part else ""
     if name.startswith("fvd"):
-        return Column(key, name.replace("fvd_batch_mean", "FVD batch mean ").replace("fvd", "FVD"), LOWER, 2)
+        return Column(key, name.replace("fvd_batch_mean", "FVD batch ").replace("fvd", "FVD"), LOWER, 2)
     if name.startswith("lpips"):
         return Column(key, name.replace("lpips", "LPIPS"), LOWER, 5)
     head, bracket, backend = name.partition("[")
@@ -234,6 +234,15 @@ def measured_row(entry: Mapping[str, Any], first_frame: bool = False) -> Row:
     )
 
 
+def _rank(key: str) -> int:
+    """Place of a column: other kinds of LPIPS and FVD beside the known ones, unknown metrics at the end."""
+    order = list(_KNOWN)
+    for known, place in (("lpips", "lpips_alex"), ("fvd", "fvd")):
+        if key.startswith(known) and key not in order:
+            return order.index(place)
+    return order.index(key) if key in order else len(order)
+
+
 def make_table(
     title: str,
     entries: Sequence[Mapping[str, Any]],
@@ -258,8 +267,7 @@ def make_table(
         ]
         notes = [*notes, *reported.notes]
     keys = list(dict.fromkeys(key for row in rows for key in row.values))
-    order = list(_KNOWN)
-    keys.sort(key=lambda key: order.index(key) if key in order else len(order))  # others keep their order
+    keys.sort(key=_rank)  # what has one rank keeps its order
     return Table(title, [column_of(key) for key in keys], rows, list(notes))
 
 
