@@ -437,6 +437,8 @@ def test_hub_errors_say_what_to_do(monkeypatch, error, message):
     with pytest.raises(OSError, match=message):
         AutoencoderKLVCVAE.from_image_vae("some/repo", token="secret", revision="main", variant="fp16")
     assert asked[0] == ("some/repo", "config.json", {"token": "secret", "revision": "main"})
+    if isinstance(error, LocalEntryNotFoundError):
+        assert all(options["local_files_only"] for _, _, options in asked[1:])  # one wait for the network is enough
 
 
 def test_from_a_hub_cache_without_network(small, tmp_path, monkeypatch):

@@ -166,6 +166,8 @@ def _fetch(source: str, name: str, hub_options: dict, unreachable: list[str]) ->
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
         raise OSError(f"{source} is neither a file or folder that exists nor a hub id: check the path")
     options = {k: v for k, v in hub_options.items() if k != "variant"}
+    if unreachable:  # one wait for the network is enough
+        options["local_files_only"] = True
     try:
         return Path(huggingface_hub.hf_hub_download(source, name, **options))
     except GatedRepoError as error:
