@@ -647,11 +647,12 @@ def main(argv: list[str]) -> None:
     sources, held_out = find_data(config.data)
     torch.manual_seed(run.seed)
     trainer = Trainer(config, accelerator)
+    if run.benchmark_loader:
+        return benchmark_loader(trainer, sources, run.benchmark_loader)
     if accelerator.is_main_process:
         (Path(run.output) / "config.yaml").write_text(yaml.safe_dump(config.flat(), sort_keys=False))
-    accelerator.init_trackers(
-        "vc_vae", config={k: v if isinstance(v, (int, float)) else str(v) for k, v in config.flat().items()}
-    )
+    values = {name: value if isinstance(value, int | float) else str(value) for name, value in config.flat().items()}
+    accelerator.init_trackers("vc_vae", config=values)
     trainer.run(sources, held_out[: run.validation_clips])
     accelerator.end_training()
 
