@@ -467,7 +467,7 @@ def test_videos_of_another_size_are_not_scored(tmp_path, image_vae):
     root = _dataset(tmp_path / "data", faces=False)
     _write(root / "videos" / "text_data" / "ch3" / "signs.mp4", [_sign()[0][:200]] * 3)
     options = RunOptions(device="cpu", ocr=_column_ocr(tmp_path / "parseq.onnx"))
-    with pytest.raises(RuntimeError, match=r"is 320x200, but its annotations are of 320x240"):
+    with pytest.raises(ValueError, match=r"is 320x200, but its annotations are of 320x240"):
         run_evaluation([], load_protocol("tokbench-video-256"), root, tmp_path / "r.json", options)
 
 

@@ -123,7 +123,7 @@ class Reconstructor(ABC):
         self.seconds.decode += decoded - encoded
         self.latent_shape = tuple(latents.shape)
         if sample.shape[2] < num_frames or sample.shape[3] < height or sample.shape[4] < width:
-            raise RuntimeError(
+            raise ValueError(
                 f"{type(self).__name__} made {tuple(sample.shape)} of {tuple(x.shape)}, less than the "
                 f"{num_frames} frames of {height}x{width} it was given"
             )

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ..commands.shared import DTYPES, JsonOption, emit
+from . import runner
 from .loading import ModelSpec
 from .protocols import load_protocol, protocol_names
-from .runner import RunOptions, run_evaluation
+from .results import json_ready
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 UNITS = {"psnr": "dB", "temporal_difference_psnr": "dB"}
 
 
@@ -40,26 +42,57 @@ def evaluate(
     size: Annotated[int | None, typer.Option(help="Short side and centre crop in pixels; 0 keeps the size.")] = None,
     max_samples: Annotated[int | None, typer.Option(help="Take so many samples.")] = None,
     dtype: Annotated[str, typer.Option(help="Of the models: float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; by default the best one.")] = None,
-    save_frames: Annotated[int, typer.Option(help="Keep frames of so many samples, for the report's figures.")] = 0,
+    device: Annotated[str, typer.Option(help="auto (accelerate's choice), cpu, cuda, cuda:N.")] = "auto",
+    save_frames: Annotated[int, typer.Option(min=0, help="Keep frames of so many samples, for the report's figures.")] = 0,
     weights: Annotated[Path | None, typer.Option(help="Folder with the weights of the metrics' networks.")] = None,
     ocr: Annotated[Path | None, typer.Option(help="TokBench: PARSeq's ONNX file; without it rapidocr stands in.")] = None,
     faces: Annotated[Path | None, typer.Option(help="TokBench: glintr100.onnx; without it dlib stands in.")] = None,
     token: Annotated[str | None, typer.Option(help="Hub token, for gated repositories.")] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Measure reconstruction by a recorded protocol. Run it under `accelerate launch` for several processes."""
     if dtype not in DTYPES:
-        raise typer.BadParameter(f"{dtype!r} is none of {', '.join(DTYPES)}", param_hint="--dtype")
+        raise ValueError(f"--dtype: {dtype!r} is none of {', '.join(DTYPES)}; choose one")
+    chosen = load_protocol(protocol, _overrides(metrics, num_frames, size, max_samples))
+    specs = [ModelSpec.parse(text) for text in model]
+    with _progress() as progress:
+        options = runner.RunOptions(
+            device=None if device == "auto" else device,
+            dtype=DTYPES[dtype],
+            list_file=samples,
+            weights=weights,
+            saved_samples=save_frames,
+            token=token,
+            ocr=ocr,
+            faces=faces,
+            progress=progress,
+        )
+        result = runner.run_evaluation(specs, chosen, data, out, options)
+    if _is_main():
+        emit(summary(result, out), as_json, summary_table(result))
+        warnings = [f"{entry['label']}: {warning}" for entry in result["models"] for warning in entry["warnings"]]
+        for line in [*warnings, f"Wrote {out}"]:
+            Console(stderr=True).print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _is_main() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _overrides(metrics: str | None, num_frames: int | None, size: int | None, max_samples: int | None) -> dict[str, Any]:
+    """Fields of the protocol that the options replace; 0 frames or pixels mean all of them."""
     overrides: dict[str, Any] = {}
     if metrics is not None:
         overrides["metrics"] = tuple(name.strip() for name in metrics.split(",") if name.strip())
     if max_samples is not None:
         overrides["max_samples"] = max_samples
-    for name, value in (("num_frames", num_frames), ("size", size)):
-        if value is not None:
-            overrides[name] = value or None
-    main = int(os.environ.get("RANK", "0")) == 0
-    console = Console(stderr=True, quiet=not main)
+    overrides |= {name: value or None for name, value in (("num_frames", num_frames), ("size", size)) if value is not None}
+    return overrides
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[runner.Progress]:
+    """One bar a model, of the main process's share of the samples."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -67,33 +100,24 @@ def evaluate(
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as bars:
+    with Progress(*columns, console=Console(stderr=True, quiet=not _is_main())) as bars:
         tasks: dict[str, Any] = {}
 
-        def progress(label: str, done: int, total: int) -> None:
+        def update(label: str, done: int, total: int) -> None:
             if label not in tasks:
                 tasks[label] = bars.add_task(label, total=total)
             bars.update(tasks[label], completed=done)
 
-        options = RunOptions(
-            device=device,
-            dtype=DTYPES[dtype],
-            list_file=samples,
-            weights=weights,
-            saved_samples=save_frames,
-            ocr=ocr,
-            faces=faces,
-            token=token,
-            progress=progress,
-        )
-        specs = [ModelSpec.parse(text) for text in model]
-        result = run_evaluation(specs, load_protocol(protocol, overrides), data, out, options)
-    if main:
-        Console().print(summary_table(result))
-    for entry in result["models"]:
-        for warning in entry["warnings"]:
-            console.print(f"[yellow]{entry['label']}: {warning}[/yellow]")
-    console.print(f"Wrote {out}")
+        yield update
+
+
+def summary(result: dict[str, Any], out: Path) -> dict[str, Any]:
+    """The averages of a result, for machines."""
+    models = {
+        entry["label"]: {name: metric["value"] for name, metric in entry["metrics"].items()} for entry in result["models"]
+    }
+    found = {"command": "evaluate", "out": str(out), "protocol": result["protocol"]["name"], "models": models}
+    return json_ready(found)
 
 
 def summary_table(result: dict[str, Any]) -> Table:

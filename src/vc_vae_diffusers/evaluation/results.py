@@ -74,7 +74,12 @@ def write_result(path: str | os.PathLike, result: Mapping[str, Any]) -> None:
     """Write a result file, whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(_map_numbers(result, _to_json), indent=1, allow_nan=False) + "\n")
+    write_atomically(path, json.dumps(json_ready(result), indent=1, allow_nan=False) + "\n")
+
+
+def json_ready(value: Any) -> Any:
+    """A copy in which infinite and undefined numbers are the strings `"inf"` and `"nan"`."""
+    return _map_numbers(value, _to_json)
 
 
 def find_model(result: Mapping[str, Any], label: str) -> dict[str, Any] | None:

@@ -79,9 +79,8 @@ def run_evaluation(
         The result, as in the file, in every process.
 
     Raises:
-        ValueError: for data, models or a file at `out` that do not fit, naming what to do.
+        ValueError: for data, models or a file at `out` that do not fit, or if no sample can be measured.
         MissingWeightsError: if a metric's weights are missing.
-        RuntimeError: if no sample could be measured.
     """
     options = options or RunOptions()
     out = Path(out)
@@ -249,7 +248,9 @@ def _entry(variant: Variant, identity: dict[str, Any], records: list[Record], ta
     measured = [record for record in records if "skipped" not in record]
     skipped = [record for record in records if "skipped" in record]
     if not measured:
-        raise RuntimeError(f"no sample could be measured for {variant.label}; the first: {skipped[0]['skipped']}")
+        raise ValueError(
+            f"no sample could be measured for {variant.label}; give other files, the first: {skipped[0]['skipped']}"
+        )
     for record in skipped:
         logger.warning("%s: skipped %s", variant.label, record["skipped"])
     entry = {"label": variant.label, **identity, "image_as_video": variant.as_video}

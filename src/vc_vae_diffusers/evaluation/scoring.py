@@ -110,7 +110,7 @@ def paired_chunks(
     Holds only the source frames whose reconstruction is still to come.
 
     Raises:
-        RuntimeError: if the model returns fewer frames than it was given.
+        ValueError: if the model returns fewer frames than it was given.
     """
     waiting: deque[torch.Tensor] = deque()
 
@@ -125,7 +125,7 @@ def paired_chunks(
             yield reconstruction[:, :, : source.shape[2]], source
     if waiting:
         missing = sum(chunk.shape[2] for chunk in waiting)
-        raise RuntimeError(f"{type(model).__name__} returned {missing} frames fewer than it was given")
+        raise ValueError(f"{type(model).__name__} returned {missing} frames fewer than it was given")
 
 
 def _take(waiting: deque[torch.Tensor], num_frames: int) -> torch.Tensor | None:

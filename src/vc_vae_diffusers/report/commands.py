@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
+from ..commands.shared import JsonOption, emit
 from ..evaluation.journal import file_name, write_atomically
 from ..evaluation.results import read_result
 from .figures import (
@@ -46,10 +46,12 @@ def report(
         str | None, typer.Option(help="LEFT,TOP,SIDE of the zoomed square; else where models differ most.")
     ] = None,
     title: Annotated[str, typer.Option(help="Of the page.")] = "Reconstruction by video autoencoders",
+    as_json: JsonOption = False,
 ) -> None:
     """Turn results into the paper's tables and figures, with the paper's own numbers marked as reported."""
     page = write_report(results, out, paper=paper or [], crop=_parse_crop(crop), title=title, command=_command_line())
-    Console(stderr=True).print(f"Wrote {page}")
+    files = sorted(path.name for path in out.iterdir())
+    emit({"command": "report", "page": str(page), "files": files}, as_json, f"Wrote {page}")
 
 
 def write_report(
