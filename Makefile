@@ -16,8 +16,9 @@ $(VENV)/.installed: setup.cfg pyproject.toml
 demo: $(VENV)/.installed ## reconstruct a real video with the bundled model, into out/
 	$(BIN)/vcvae demo --out out
 
+# One thread a process: two processes whose threads wait for each other are far slower than either alone.
 test: $(VENV)/.installed ## run the tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 style: $(VENV)/.installed ## format and fix what can be fixed
 	$(BIN)/ruff format $(SOURCES)
