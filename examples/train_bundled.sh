@@ -9,13 +9,13 @@ runs=${2:-runs}
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 
+$python -m vc_vae_diffusers.cli fetch-weights lpips
 $python examples/train_image_vae.py --data "$clips" --clips examples/configs/tiny_clips.txt --output "$runs/image_vae" --compile
 $python examples/train_vcvae.py --config examples/configs/tiny_stage1.yaml --data "$clips" \
     --from_image_vae "$runs/image_vae/image_vae" --output "$runs/tiny_stage1"
 $python examples/train_vcvae.py --config examples/configs/tiny_stage2.yaml --data "$clips" \
     --model "$runs/tiny_stage1/vae" --output "$runs/tiny_stage2"
 
-$python -m vc_vae_diffusers.cli fetch-weights lpips
 IMAGE_VAE="$runs/image_vae/image_vae" PATH="$(dirname "$python"):$PATH" bash examples/evaluate_bundled.sh "$clips" "$runs/eval" \
     --model "Stage I=$runs/tiny_stage1/vae" --model "Stage II=$runs/tiny_stage2/vae"
 $python examples/package_bundled.py --model "$runs/tiny_stage2/vae" --data "$clips" --results "$runs"/eval/holdout-*.json \
