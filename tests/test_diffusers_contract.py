@@ -69,6 +69,7 @@ def test_signatures_and_flags(make_vae):
     assert list(inspect.signature(vae.encode).parameters) == ["x", "return_dict"]
     assert list(inspect.signature(vae.decode).parameters)[:2] == ["z", "return_dict"]
     assert AutoencoderKLVCVAE._supports_gradient_checkpointing
+    assert AutoencoderKLVCVAE._skip_layerwise_casting_patterns == ("norm",)
     assert not list(vae.buffers(recurse=False))
     vae.enable_gradient_checkpointing()
     assert vae.encoder.gradient_checkpointing
