@@ -27,7 +27,7 @@ from vc_vae_diffusers.evaluation.loading import ModelSpec
 from vc_vae_diffusers.evaluation.protocols import Protocol, load_protocol, protocol_names
 from vc_vae_diffusers.evaluation.results import find_model, read_result
 from vc_vae_diffusers.evaluation.runner import RunOptions, run_evaluation
-from vc_vae_diffusers.evaluation.samples import list_samples
+from vc_vae_diffusers.evaluation.samples import Sample, list_samples
 from vc_vae_diffusers.evaluation.scoring import MetricNetworks
 from vc_vae_diffusers.evaluation.tasks import ClipTask, Variant
 from vc_vae_diffusers.metrics import frame
@@ -279,17 +279,44 @@ def test_files_that_cannot_be_used_are_named(videos, models, tmp_path, make_vide
         run_evaluation(_specs(models, "vcvae"), _protocol(), videos / "only", tmp_path / "none.json", CPU)
 
 
+NOISY = """
+    import torch
+
+    class Noisy:
+        frame_rule, separate_first, temporal_compression, spatial_compression = (1, 1), False, 1, 1
+
+        def encode(self, video):
+            return video
+
+        def decode(self, latents):
+            return latents + 0.1 * torch.randn_like(latents)  # from the global generator, as some decoders do
+
+    def load(checkpoint, *, device, dtype):
+        return Noisy()
+"""
+
+
 def test_every_sample_has_its_own_random_stream(videos, models, tmp_path):
+    adapter = tmp_path / "noisy.py"
+    adapter.write_text(textwrap.dedent(NOISY))
+    specs = [*_specs(models, "image"), ModelSpec("noisy", str(adapter))]
     protocol = _protocol(posterior="sample", max_samples=3)
-    whole = run_evaluation(_specs(models, "image"), protocol, videos, tmp_path / "whole.json", CPU)
+    torch.manual_seed(1)
+    whole = run_evaluation(specs, protocol, videos, tmp_path / "whole.json", CPU)
     only = tmp_path / "only.txt"
     only.write_text("a/clip2.mkv\n")
     options = RunOptions(device="cpu", list_file=only)
-    alone = run_evaluation(_specs(models, "image"), protocol, videos, tmp_path / "alone.json", options)
-    again, mode = whole["models"][0]["videos"], None
-    assert alone["models"][0]["videos"][0]["per_frame"] == again[2]["per_frame"]
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    alone = run_evaluation(specs, protocol, videos, tmp_path / "alone.json", options)
+    assert torch.equal(torch.get_rng_state(), state)  # nobody else's random numbers change
+    for of_all, of_one in zip(whole["models"], alone["models"], strict=True):
+        assert of_one["videos"][0]["per_frame"] == of_all["videos"][2]["per_frame"], of_one["label"]
+    first, second = (Sample(name, Path(name)).seed(0) for name in ("a", "b"))
+    assert first != second
+    assert first != Sample("a", Path("a")).seed(1)
     mode = run_evaluation(_specs(models, "image"), _protocol(max_samples=3), videos, tmp_path / "mode.json", CPU)
-    assert mode["models"][0]["videos"][2]["per_frame"] != again[2]["per_frame"]
+    assert mode["models"][0]["videos"][2]["per_frame"] != whole["models"][0]["videos"][2]["per_frame"]
 
 
 def test_frame_interval_and_fps(videos, models, tmp_path):
@@ -446,6 +473,8 @@ SCRIPT = """
     def progress(label, done, total):
         if done == int(kill_after):
             os.kill(os.getpid(), signal.SIGKILL)
+        if done == total:
+            print("share", total)
 
     protocol = Protocol("test", num_frames=8, size=32, metrics={metrics!r})
     run_evaluation([ModelSpec("vcvae", model)], protocol, data, out, RunOptions(device="cpu", progress=progress))
@@ -455,7 +484,11 @@ SCRIPT = """
 def _start(script: Path, *arguments: object, **variables: str) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     return subprocess.Popen(
-        [sys.executable, str(script), *map(str, arguments)], env=environment, stderr=subprocess.PIPE, text=True
+        [sys.executable, str(script), *map(str, arguments)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -508,9 +541,12 @@ def test_two_processes_give_the_numbers_of_one(videos, models, tmp_path, script)
     processes = [
         _start(script, models["vcvae"], videos, out, 99, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in (0, 1)
     ]
+    shares = []
     for process in processes:
-        _, errors = process.communicate(timeout=1800)
+        output, errors = process.communicate(timeout=1800)
         assert process.returncode == 0, errors
+        shares.append(output.split())
+    assert shares == [["share", "3"], ["share", "2"]]
     together = read_result(out)
     assert _numbers(together) == _numbers(alone)
 
