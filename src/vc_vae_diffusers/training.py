@@ -271,7 +271,9 @@ def save_vae(accelerator: Accelerator, model: nn.Module, folder: Path) -> None:
         prefix = "vae."
         weights = {name.removeprefix(prefix): tensor.contiguous() for name, tensor in weights.items()}
         save_file(weights, folder / WEIGHTS_NAME, metadata={"format": "pt"})
-        accelerator.unwrap_model(model).vae.save_config(folder)
+        config = json.loads(accelerator.unwrap_model(model).vae.to_json_string())
+        config.pop("_name_or_path", None)  # a path of this machine
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 @contextmanager
