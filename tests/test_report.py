@@ -213,7 +213,7 @@ def test_error_maps_show_the_error_on_one_scale():
     image = np.asarray(figures.draw_errors(clips, [0, 4]))
     height = round(48 * figures.CELL / 64)
     good, bad = (image[22 + row * (height + figures.GAP) :][:height, figures.LABEL :][:, : figures.CELL] for row in (0, 1))
-    assert good.max() < 40  # two thirds of a percent of the range, nearly black
+    assert good.max() < 40  # less than a percent of the range: nearly black
     assert bad[26 * 3, 46 * 3].min() > 180  # 60 / 255 is nearly full scale: yellow to white
     assert bad[5, 5].max() == 0
     assert list(map(tuple, figures._heat(np.array([0.0, 1 / 3, 2 / 3, 1.0])))) == [
