@@ -198,7 +198,6 @@ class VideoWriter:
         frame = av.VideoFrame.from_ndarray(rgb.movedim(0, -1).contiguous().cpu().numpy(), format="rgb24")
         frame = self._converted(frame)
         frame.pts, frame.time_base = pts, self._stream.codec_context.time_base
-        frame.duration = max(1, round(1 / self.fps / frame.time_base))
         self._last_pts, self.num_frames = pts, self.num_frames + 1
         if self._audio is not None:
             self._audio.copy_until(pts * frame.time_base)

@@ -210,8 +210,7 @@ def reconstructed(
     latents = (posterior.mode() for posterior in vae.encode_stream(padded(), num_frames=count))
     for decoded in vae.decode_stream(latents, num_frames=count):
         original, times = waiting.take(decoded.shape[2])
-        if original is None:
-            return  # frames that complete the last group
+        # The last group may hold more frames than the source had.
         yield original, size.crop(decoded[:, :, : original.shape[2]]).float().clamp(-1, 1).cpu(), times
 
 
@@ -226,11 +225,9 @@ class _Waiting:
         self.frames.extend(frames.unbind(2))
         self.times.extend(times)
 
-    def take(self, count: int) -> tuple[torch.Tensor | None, list[Fraction]]:
-        """Up to `count` frames, fewer when no more came; None when there are none."""
+    def take(self, count: int) -> tuple[torch.Tensor, list[Fraction]]:
+        """Up to `count` frames, fewer at the end, and their times."""
         count = min(count, len(self.frames))
-        if count == 0:
-            return None, []
         frames = torch.stack([self.frames.popleft() for _ in range(count)], dim=2)
         return frames, [self.times.popleft() for _ in range(count)]
 
