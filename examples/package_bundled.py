@@ -14,7 +14,7 @@ import torch
 
 from vc_vae_diffusers import AutoencoderKLVCVAE
 from vc_vae_diffusers.data import expand_patterns, find_files
-from vc_vae_diffusers.hub import CardContent, MeasuredMetric, write_model_card
+from vc_vae_diffusers.hub import CardContent, MeasuredMetric, add_remote_code, read_json, write_json, write_model_card
 from vc_vae_diffusers.latent_stats import measure_latents, write_statistics
 
 CLIPS = Path(__file__).parent / "configs" / "tiny_clips.txt"
@@ -56,7 +56,7 @@ def measured(path: Path) -> list[MeasuredMetric]:
     }
     return [
         MeasuredMetric(
-            f"{name}, {entry['label']}", round(entry["metrics"][key]["value"], 4), data, path.name, result["date"], unit
+            f"{name}, {entry['label']}", round(entry["metrics"][key]["value"], 4), data, path.name, entry["date"][:10], unit
         )
         for entry in result["models"]
         for key, (name, unit) in names.items()
@@ -73,6 +73,10 @@ def main() -> None:
     clips = find_files(args.data, expand_patterns([f"@{CLIPS}:train"], Path()))
     half = AutoencoderKLVCVAE.from_pretrained(fresh, torch_dtype=torch.float32).eval()
     write_statistics(fresh, measure_latents(half, clips, num_frames=16, size=128))
+    config = read_json(fresh / "config.json")
+    config.pop("_name_or_path", None)  # a folder of this machine
+    write_json(fresh / "config.json", config)
+    add_remote_code(fresh)
     metrics = [row for path in args.results for row in measured(path)]
     content = CardContent(
         name="VC-VAE tiny",
