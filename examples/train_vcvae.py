@@ -26,7 +26,7 @@ from typing import Literal
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
@@ -202,6 +202,11 @@ class Trainer:
         self.plan = vdata.ClipPlan(self.buckets, config.run.seed)
         vae = build_vae(config.model)
         self.gan = config.loss.gan_weight > 0
+        if self.gan and accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise ValueError(
+                f"gan_weight={config.loss.gan_weight} does not go with {accelerator.distributed_type.value}: they shard one "
+                "model, and the discriminator is a second; train Stage II with DDP and gradient_checkpointing"
+            )
         lengths = [bucket.num_frames for bucket in self.buckets] + [config.run.validation_frames]
         self.model = training.TrainableVAE(vae, lengths)
         self.optimizer = self._adamw(self.model, config.optim.learning_rate)
@@ -219,7 +224,7 @@ class Trainer:
             self.disc_scheduler = self._scheduler(self.disc_optimizer)
             self.discriminator, self.disc_optimizer = accelerator.prepare(discriminator, self.disc_optimizer)
             self.lecam = losses.LeCam().to(accelerator.device)
-        self.ema = EMAModel(self.model.parameters(), decay=config.optim.ema_decay, foreach=True)
+        self.ema = EMAModel(self.model.parameters(), decay=config.optim.ema_decay, foreach=not accelerator.is_fsdp2)
         self.lpips = None
         if config.loss.lpips_weight > 0:
             self.lpips = losses.LPIPS(config.loss.lpips_net).to(accelerator.device)
@@ -280,11 +285,10 @@ class Trainer:
             for name, value in terms.items():
                 totals[name] = totals.get(name, 0) + value.detach().float() / len(batches)
 
-        totals["grad_norm"] = accelerator.clip_grad_norm_(self.model.parameters(), self.config.optim.max_grad_norm)
+        max_norm = self.config.optim.max_grad_norm
+        totals["grad_norm"] = training.clip_gradients(accelerator, self.model, max_norm)
         if gan:
-            totals["discriminator_grad_norm"] = accelerator.clip_grad_norm_(
-                self.discriminator.parameters(), self.config.optim.max_grad_norm
-            )
+            totals["discriminator_grad_norm"] = training.clip_gradients(accelerator, self.discriminator, max_norm)
             self.require_finite(totals["discriminator_grad_norm"], *batches)
         self.require_finite(totals["grad_norm"], *batches)
         self.optimizer.step()

@@ -182,6 +182,12 @@ def _zero_frames(x: torch.Tensor, count: int) -> torch.Tensor:
     return torch.cat([zeros, x, zeros], dim=2)
 
 
+def clip_gradients(accelerator: Accelerator, module: nn.Module, max_norm: float) -> torch.Tensor:
+    """Scale the gradients of ``module`` down to ``max_norm`` and return the norm that they had, a plain scalar."""
+    norm = accelerator.clip_grad_norm_(module.parameters(), max_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm)
+
+
 # ------------------------------------------------------------------------------------------------------ checkpoints
 
 
@@ -232,7 +238,9 @@ def save_checkpoint(
         error: Exception | None = None
         try:
             action()
-        except (OSError, RuntimeError, SafetensorError) as caught:  # torch reports a full disk as a RuntimeError
+        except (OSError, RuntimeError, SafetensorError) as caught:
+            if not _is_write_failure(caught):
+                raise
             error = caught
         # Also the barrier between the two: nothing is renamed before every process has written its part.
         if any_process(accelerator, error is not None):
@@ -248,6 +256,11 @@ def save_checkpoint(
         for old in list_checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
     return target
+
+
+def _is_write_failure(error: Exception) -> bool:
+    # torch.save reports a full disk as a RuntimeError of its archive writer.
+    return isinstance(error, OSError | SafetensorError) or "inline_container" in str(error)
 
 
 def load_checkpoint(accelerator: Accelerator, model: nn.Module, ema: EMAModel | None, checkpoint: Path) -> dict:
