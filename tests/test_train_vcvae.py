@@ -254,12 +254,17 @@ def test_an_interrupted_run_saves_and_goes_on(arguments, run, whole, train, tmp_
     assert same_state(whole(STAGE_1), tmp_path / "stopped") == []
 
 
-def test_sigterm_asks_like_sigint_and_the_second_signal_interrupts():
+def test_sigterm_asks_like_sigint_and_a_later_sigint_interrupts(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
     stop = training.StopSignal()
     try:
         assert not stop.requested
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.requested
+        os.kill(os.getpid(), signal.SIGINT)  # the launcher's echo
+        now[0] += 60
+        os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     finally:

@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -334,17 +335,24 @@ def any_process(accelerator: Accelerator, flag: bool) -> bool:
 
 
 class StopSignal:
-    """Turns the first SIGINT or SIGTERM into a request to save and stop; the second one interrupts at once."""
+    """Turns SIGINT and SIGTERM into a request to save and stop; a later SIGINT interrupts at once.
+
+    Launchers pass a Ctrl-C on to processes that the terminal has told already: what follows within seconds is the same.
+    """
+
+    _ECHO_SECONDS = 3.0
 
     def __init__(self) -> None:
         self.requested = False
+        self._first = 0.0
         self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if not self.requested:
+            self.requested, self._first = True, time.monotonic()
+            logger.warning("%s: saving a checkpoint after this step, then stopping", signal.Signals(number).name)
+        elif number == signal.SIGINT and time.monotonic() - self._first > self._ECHO_SECONDS:
             raise KeyboardInterrupt
-        self.requested = True
-        logger.warning("%s: saving a checkpoint after this step, then stopping", signal.Signals(number).name)
 
     def restore(self) -> None:
         """Give the signals back to whoever handled them before."""
