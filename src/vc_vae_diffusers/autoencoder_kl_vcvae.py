@@ -644,8 +644,8 @@ class AutoencoderKLVCVAE(AutoMapMixin, ModelMixin, AutoencoderMixin, ConfigMixin
     def fuse_tdc(self) -> None:
         """Fold the temporal kernels once, for inference. The slices stay, and are what is saved; results do not change.
 
-        Loading weights and `train()` drop the folded kernels. Weights changed in place otherwise (`EMAModel.copy_to`) do not:
-        call `unfuse_tdc()` or this method again then.
+        Loading weights and `train()` drop the folded kernels. Weights changed in place otherwise (`EMAModel.copy_to`) do
+        not: call `unfuse_tdc()` or this method again then.
         """
         for module in self.modules():
             if isinstance(module, TemporalConv3d):
