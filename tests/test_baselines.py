@@ -434,6 +434,22 @@ def test_allegro_frames_smaller_than_its_tile_are_not_lost():
     assert model.reconstruct(_video(3, 32)).shape == (1, 3, 3, 32, 32)
 
 
+@torch.no_grad()
+def test_hunyuan_video_codes_the_protocols_17_frames_in_one_piece():
+    video = _video(17, 32)
+    torch.manual_seed(0)
+    vae = CASES["hunyuan"].build().eval()
+    tiled = vae.decode(vae.encode(video).latent_dist.mode()).sample
+    vae.use_framewise_encoding = vae.use_framewise_decoding = False
+    whole = vae.decode(vae.encode(video).latent_dist.mode()).sample
+    vae.use_framewise_encoding = vae.use_framewise_decoding = True
+    adapter = wrap_model(vae)
+    ours = adapter.reconstruct(video)
+    torch.testing.assert_close(ours, whole.clamp(-1, 1), rtol=0, atol=1e-6)
+    assert (tiled.clamp(-1, 1) - ours).abs().max() > 1e-2  # what diffusers does by default is another video
+    assert adapter.settings == {"temporal_tiles": [64, 48]}
+
+
 def test_ltx_decoders_that_denoise_run_at_timestep_zero():
     torch.manual_seed(0)
     vae = diffusers.AutoencoderKLLTXVideo(

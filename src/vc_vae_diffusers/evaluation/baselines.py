@@ -294,6 +294,23 @@ class CausalVideoVAE(Reconstructor):
         return self.module.decode(latents).sample
 
 
+class HunyuanVideoVAE(CausalVideoVAE):
+    """HunyuanVideo, with temporal tiles of 64 frames, a step of 48, as its authors publish it (`sample_tsize`).
+
+    diffusers cuts any clip of more than 16 frames into overlapping tiles and blends them: the 17 frames of the paper's
+    protocol would come back worse than the model codes them.
+    """
+
+    _TILE, _STEP = 64, 48
+
+    def __init__(self, module: diffusers.AutoencoderKLHunyuanVideo, *, posterior: str = "mode"):
+        ratio = module.temporal_compression_ratio
+        channels = module.config.latent_channels
+        super().__init__(module, ratio, module.spatial_compression_ratio, latent_channels=channels, posterior=posterior)
+        module.tile_sample_min_num_frames, module.tile_sample_stride_num_frames = self._TILE, self._STEP
+        self.settings["temporal_tiles"] = [self._TILE, self._STEP]
+
+
 class LTXVideoVAE(CausalVideoVAE):
     """LTX-Video and LTX-2; decoders that denoise are run at timestep 0, the pipelines' default."""
 
@@ -505,6 +522,8 @@ def wrap_model(module: torch.nn.Module, *, posterior: str = "mode") -> Reconstru
     config = module.config
     if isinstance(module, AutoencoderKLVCVAE):
         return VCVAE(module, posterior=posterior)
+    if isinstance(module, diffusers.AutoencoderKLHunyuanVideo):
+        return HunyuanVideoVAE(module, posterior=posterior)
     if isinstance(module, diffusers.AutoencoderVidTok):
         return VidTokVAE(module, posterior=posterior)
     if isinstance(module, diffusers.AutoencoderKLAllegro):
@@ -562,14 +581,7 @@ def _causal_geometry(module: torch.nn.Module) -> tuple[int, int, int, int] | Non
     if isinstance(module, diffusers.AutoencoderKLKVAEVideo):
         ratio = config.temporal_compress_times
         return ratio, ratio, 2 ** (len(config.ch_mult) - 1), config.z_channels
-    if isinstance(
-        module,
-        (
-            diffusers.AutoencoderKLHunyuanVideo,
-            diffusers.AutoencoderKLHunyuanVideo15,
-            diffusers.AutoencoderKLMagvit,
-        ),
-    ):
+    if isinstance(module, (diffusers.AutoencoderKLHunyuanVideo15, diffusers.AutoencoderKLMagvit)):
         ratio = module.temporal_compression_ratio
         return ratio, ratio, module.spatial_compression_ratio, config.latent_channels
     return None
