@@ -88,8 +88,6 @@ def main() -> None:
         metrics=metrics,
     )
     write_model_card(fresh, content, where="src/vc_vae_diffusers/models/vcvae-tiny")
-    for file in fresh.iterdir():
-        file.chmod(0o644)
     shutil.rmtree(args.out, ignore_errors=True)
     os.replace(fresh, args.out)
 

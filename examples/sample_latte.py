@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import tqdm
 
+from vc_vae_diffusers.files import write_whole
 from vc_vae_diffusers.latte_transformer import LatteAdaLNTransformer3DModel
 from vc_vae_diffusers.pipeline_latte import LatteVCVAEUnconditionalPipeline
 from vc_vae_diffusers.video import VideoWriter
@@ -85,9 +85,7 @@ def record(arguments: argparse.Namespace) -> None:
             changes = ", ".join(f"{name} {there[name]!r}, now {made[name]!r}" for name in differing)
             raise ValueError(f"--output {arguments.output} holds samples made with {changes}: name another folder.")
         return
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps(made, indent=1) + "\n")
-    os.replace(partial, path)
+    write_whole(path, json.dumps(made, indent=1) + "\n")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -26,6 +26,8 @@ from diffusers import AutoencoderKL
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
+from vc_vae_diffusers.files import follow_umask
+
 logger = logging.getLogger("train_image_vae")
 
 
@@ -165,6 +167,7 @@ def save_checkpoint(accelerator: Accelerator, ema: EMAModel, vae: AutoencoderKL,
     ema.store(vae.parameters())
     ema.copy_to(vae.parameters())
     vae.save_pretrained(output / "image_vae.tmp")
+    follow_umask(*(output / "image_vae.tmp").glob("*.safetensors"))
     ema.restore(vae.parameters())
     shutil.rmtree(output / "image_vae", ignore_errors=True)
     os.replace(output / "image_vae.tmp", output / "image_vae")

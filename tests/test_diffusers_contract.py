@@ -62,6 +62,29 @@ def test_mean_and_std_without_a_shift_and_with_measured_statistics(make_vae):
     assert measured.config.latents_std == [0.5] * 4
 
 
+def test_a_factor_given_on_loading_replaces_the_saved_statistics(make_vae, tmp_path, caplog):
+    make_vae(scaling_factor=0.5, shift_factor=0.1).save_pretrained(tmp_path / "uniform")
+    config = AutoencoderKLVCVAE.from_pretrained(tmp_path / "uniform", scaling_factor=4.0).config
+    assert (config.latents_mean, config.latents_std) == ([0.1] * 4, [0.25] * 4)
+    config = AutoencoderKLVCVAE.from_pretrained(tmp_path / "uniform", shift_factor=None).config
+    assert (config.latents_mean, config.latents_std) == ([0.0] * 4, [2.0] * 4)
+    assert not caplog.records
+
+    mean, std = [1.0, 2.0, 3.0, 4.0], [0.5, 0.6, 0.7, 0.8]
+    make_vae(latents_mean=mean, latents_std=std).save_pretrained(tmp_path / "measured")
+    config = AutoencoderKLVCVAE.from_pretrained(tmp_path / "measured").config
+    assert (config.latents_mean, config.latents_std) == (mean, std)
+    config = AutoencoderKLVCVAE.from_pretrained(tmp_path / "measured", scaling_factor=4.0, latents_std=std).config
+    assert (config.scaling_factor, config.latents_mean, config.latents_std) == (4.0, mean, std)
+    assert not caplog.records
+    config = AutoencoderKLVCVAE.from_pretrained(tmp_path / "measured", scaling_factor=4.0).config
+    assert (config.scaling_factor, config.latents_mean, config.latents_std) == (4.0, mean, [0.25] * 4)
+    assert [record.getMessage() for record in caplog.records] == [
+        "scaling_factor=4.0 replaces the latents_std by channel that this configuration has; pass latents_std as well to keep "
+        "them"
+    ]
+
+
 def test_signatures_and_flags(make_vae):
     vae = make_vae()
     assert isinstance(vae, AutoencoderMixin)

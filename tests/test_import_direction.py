@@ -13,22 +13,23 @@ PACKAGE = Path(__file__).parents[1] / "src" / "vc_vae_diffusers"
 
 # Modules that import these of ours and no others: the model's own parts, and parts that know nothing of the model.
 EXACTLY = {
+    "files": set(),
     "winograd": set(),
     "tdc": {"winograd"},
     "tiling": set(),
-    "auto_map": set(),
+    "auto_map": {"files"},
     "blocks": {"tdc"},
     "image_vae": {"tdc"},
     "autoencoder_kl_vcvae": {"tdc", "blocks", "tiling", "image_vae", "auto_map"},
     "video_decoding": set(),
     "video_writing": {"video_decoding"},
     "video": {"video_decoding", "video_writing"},
-    "weights": set(),
+    "weights": {"files"},
     "losses": {"weights"},
     "discriminator": set(),
     "diffusion_losses": set(),
     "data": {"video"},
-    "latent_cache": {"data"},
+    "latent_cache": {"data", "files"},
     "shards": {"data", "video"},
     "metrics": set(),
     "metrics.frame": set(),
@@ -76,7 +77,7 @@ LAYERS = (
 # Import names of what only an extra installs: to be imported in the function that needs it.
 OPTIONAL = {
     *("lpips", "torchvision", "yaml", "tensorboard", "webdataset", "scipy", "rapidfuzz", "matplotlib", "onnxruntime"),
-    *("cv2", "gradio", "rapidocr", "dlib", "skimage", "torchmetrics", "pytorch_msssim"),
+    *("cv2", "skvideo", "rapidocr", "dlib", "skimage", "torchmetrics", "pytorch_msssim"),
 }
 
 

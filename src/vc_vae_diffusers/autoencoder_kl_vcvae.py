@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -20,7 +21,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
-from .auto_map import AutoMapMixin
+from .auto_map import PublishedModelMixin
 from .blocks import Cache, Decoder, Encoder, TemporalDesign
 from .image_vae import HUB_OPTIONS, inflate, read_image_vae
 from .tdc import TemporalConv3d, per_frame
@@ -42,7 +43,7 @@ class AutoencoderKLVCVAEOutput(BaseOutput):
     latent_dist: DiagonalGaussianDistribution
 
 
-class AutoencoderKLVCVAE(AutoMapMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
+class AutoencoderKLVCVAE(PublishedModelMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
     r"""VC-VAE, a video VAE with a keyframe anchor and Temporal Dynamic Difference Convolutions.
 
     Video is `(B, C, T, H, W)` in [-1, 1], latents are `(B, latent_channels, ceil(T / r_t), H / r_s, W / r_s)`. Any T >= 1
@@ -60,7 +61,8 @@ class AutoencoderKLVCVAE(AutoMapMixin, ModelMixin, AutoencoderMixin, ConfigMixin
             `frame_convention`.
         frame_convention: how T becomes whole groups. `"4k"` repeats the last frame; `"4k+1"` repeats the first one, and
             `decode` without `num_frames` drops r_t - 1 frames at the start, as pipelines for causal VAEs expect.
-        scaling_factor, shift_factor: of the latents; the defaults are Flux's.
+        scaling_factor, shift_factor: of the latents; the defaults are Flux's. `from_pretrained(path, scaling_factor=…)` puts
+            the new scale into `latents_std` too, and a new shift into `latents_mean`.
         latents_mean, latents_std: by channel; by default the shift, and one over the scale.
         temporal_compression_ratio, spatial_compression_ratio, scale_factor_temporal, scale_factor_spatial, z_dim,
             temperal_downsample: names under which pipelines read what follows from the above. Do not set them.
@@ -170,6 +172,23 @@ class AutoencoderKLVCVAE(AutoMapMixin, ModelMixin, AutoencoderMixin, ConfigMixin
                     f"{name} has {len(config[name])} values, it must have one for each of the {config.latent_channels} "
                     "latent channels"
                 )
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
+        """Read a saved configuration; a `scaling_factor` or `shift_factor` given beside it replaces the saved statistics.
+
+        Pipelines prefer `latents_std` and `latents_mean`, and would not see the factor that the caller asked for.
+        """
+        config_dict = dict(config_dict)
+        for factor, statistic in (("scaling_factor", "latents_std"), ("shift_factor", "latents_mean")):
+            if factor in kwargs and statistic not in kwargs:
+                measured = config_dict.pop(statistic, None)
+                if measured is not None and len(set(measured)) > 1:
+                    logger.warning(
+                        f"{factor}={kwargs[factor]} replaces the {statistic} by channel that this configuration has; pass "
+                        f"{statistic} as well to keep them"
+                    )
+        return super().extract_init_dict(config_dict, **kwargs)
 
     @classmethod
     def from_image_vae(cls, source: str, subfolder: str | None = None, **config) -> "AutoencoderKLVCVAE":

@@ -19,6 +19,7 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from safetensors import safe_open
 
 from .auto_map import AutoMapMixin
+from .files import write_whole
 
 # Names that published folders contain: they are for ever. The models' stub is named as the package, where diffusers looks
 # for the class of a component that the caller passes instead.
@@ -108,25 +109,17 @@ class CardContent:
                 raise ValueError(f"{name} of a model card is empty; write what a stranger must know, or that it is unknown.")
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a text file as a whole, so that a crash leaves the old one."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        file.write(text)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
-
-
 def read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    write_atomically(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
+    write_whole(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def write_stub(folder: Path, stub: str, module: str, names: Sequence[str]) -> None:
     text = STUB_TEXT.format(module=module, names=", ".join(names), quoted=", ".join(f'"{name}"' for name in names))
-    write_atomically(folder / f"{stub}.py", text)
+    write_whole(folder / f"{stub}.py", text)
 
 
 def add_model_code(folder: Path) -> None:
@@ -330,7 +323,7 @@ def write_model_card(folder: str | Path, content: CardContent, where: str | None
     }
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {content.name}\n\n{content.summary}\n\n{body}\n")
-    write_atomically(folder / "README.md", str(card))
+    write_whole(folder / "README.md", str(card))
     return folder / "README.md"
 
 

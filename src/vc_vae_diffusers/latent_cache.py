@@ -8,7 +8,6 @@ does. A shard is written as a whole or not at all, and only missing ones are enc
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 
 from .data import ClipDataset, ClipRequest, ReadHealth, collate, counter_rng, noise_seed, quiet_worker
+from .files import whole_file, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -65,9 +65,7 @@ def vae_fingerprint(vae: ModelMixin) -> str:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(partial, path)
+    write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
 def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
@@ -128,10 +126,9 @@ def write_shard(
         moments.append(moments_of(parameters))
         posteriors.append(parameters.to("cpu", dtype))
         clips += batch["clips"]
-    partial = path.with_name(f".{path.name}.partial")
     tensors = {"posteriors": torch.cat(posteriors), "moments": merge_moments(moments)}
-    save_file(tensors, partial, metadata={"clips": json.dumps(clips)})
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        save_file(tensors, partial, metadata={"clips": json.dumps(clips)})
 
 
 def write_index(folder: Path) -> None:

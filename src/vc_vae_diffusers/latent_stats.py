@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -21,6 +20,7 @@ from accelerate.utils import gather_object
 from diffusers import ModelMixin
 
 from .data import ReadHealth, Skip, UnsuitableError
+from .files import write_whole
 from .training import pad_frames, returned_length
 from .video import VideoReadError, probe, read_clip
 
@@ -202,7 +202,5 @@ def write_statistics(folder: str | Path, statistics: LatentStatistics) -> list[s
     known = {name: value for name, value in values.items() if name in config}
     if not known:
         raise ValueError(f"{path} has none of {sorted(values)}; this model has no latent statistics to set")
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(json.dumps({**config, **known}, indent=2, sort_keys=True) + "\n")
-    os.replace(temporary, path)
+    write_whole(path, json.dumps({**config, **known}, indent=2, sort_keys=True) + "\n")
     return sorted(known)

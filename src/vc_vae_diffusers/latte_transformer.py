@@ -18,7 +18,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from safetensors.torch import load_file
 from torch import nn
 
-from .auto_map import AutoMapMixin
+from .auto_map import PublishedModelMixin
 
 # Latte's published sizes: number of blocks (half of them spatial, half temporal), width, attention heads.
 LATTE_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -163,7 +163,7 @@ class LatteFinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
-class LatteAdaLNTransformer3DModel(AutoMapMixin, ModelMixin, ConfigMixin):
+class LatteAdaLNTransformer3DModel(PublishedModelMixin, ModelMixin, ConfigMixin):
     """Unconditional or class-conditional Latte for video latents (Sec. A.5: Latte-XL on SkyTimelapse; Ma et al. 2024).
 
     Spatial and temporal blocks alternate; each block owns its adaLN-zero modulation. The defaults are Latte-XL/2 for

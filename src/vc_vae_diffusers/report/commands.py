@@ -14,8 +14,9 @@ from typing import Annotated, Any
 import typer
 
 from ..commands.shared import JsonOption, emit
-from ..evaluation.journal import file_name, write_atomically
+from ..evaluation.journal import file_name
 from ..evaluation.results import read_result
+from ..files import write_whole
 from .figures import (
     CURVES,
     SOURCE,
@@ -86,7 +87,7 @@ def write_report(
         sections.append(_section(name, group, out, paper, crop))
     today = datetime.now(timezone.utc).date().isoformat()
     lead = [f"Written {today}" + (f" by: {command}" if command else "")]
-    write_atomically(out / "index.html", render_page(title, lead, sections))
+    write_whole(out / "index.html", render_page(title, lead, sections))
     return out / "index.html"
 
 
@@ -122,7 +123,7 @@ def _section(name: str, result: Mapping[str, Any], out: Path, paper: Sequence[st
         stem = f"{slug}_table{number + 1}" if len(tables) > 1 else f"{slug}_table"
         forms = {".md": table.to_markdown(), ".tex": table.to_latex(), ".csv": table.to_csv()}
         for suffix, text in forms.items():
-            write_atomically(out / f"{stem}{suffix}", text)
+            write_whole(out / f"{stem}{suffix}", text)
     warnings = [f"{entry['label']}: {warning}" for entry in models for warning in entry["warnings"]]
     skipped = "\n".join(dict.fromkeys(record["skipped"] for entry in models for record in entry["skipped"]))
     details = [

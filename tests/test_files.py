@@ -1,0 +1,62 @@
+"""Files that are whole or not there, with the permissions of others: what writes weights must not make them private."""
+
+import os
+import stat
+
+import pytest
+from accelerate import Accelerator
+from tiny_models import tiny_latte, tiny_vae
+
+from vc_vae_diffusers import files, training
+from vc_vae_diffusers.latent_cache import claim_folder
+
+
+def mode(path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.fixture(params=[0o022, 0o027, 0o077], ids=oct)
+def umask(request):
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.txt"
+    files.write_whole(path, "ä")
+    assert path.read_bytes() == b"\xc3\xa4"
+    files.write_whole(path, b"\x00\x01")
+    assert path.read_bytes() == b"\x00\x01"
+    with pytest.raises(RuntimeError, match="half"), files.whole_file(path) as partial:
+        assert (partial.parent, partial.suffix) == (tmp_path, ".txt")
+        partial.write_bytes(b"half of it")
+        assert path.read_bytes() == b"\x00\x01"
+        raise RuntimeError("half")
+    assert path.read_bytes() == b"\x00\x01"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_permissions_follow_the_umask(tmp_path, umask):
+    files.write_whole(tmp_path / "new.json", "{}")
+    assert mode(tmp_path / "new.json") == 0o666 & ~umask
+    private = tmp_path / "private"
+    private.touch(mode=0o600)
+    files.follow_umask(private)
+    assert mode(private) == 0o666 & ~umask
+    assert {path.name for path in tmp_path.iterdir()} == {"new.json", "private"}
+
+
+def test_saved_models_can_be_read_by_others(tmp_path, umask):
+    tiny_vae().save_pretrained(tmp_path / "whole")
+    tiny_vae().save_pretrained(tmp_path / "parts", variant="fp16", max_shard_size="50KB")
+    tiny_latte().save_pretrained(tmp_path / "latte")
+    accelerator = Accelerator(cpu=True)
+    model = training.TrainableVAE(tiny_vae(), [4])
+    saved = training.save_checkpoint(accelerator, model, None, {"step": 1}, tmp_path / "checkpoints", keep=1)
+    training.save_vae(accelerator, model, tmp_path / "trained")
+    claim_folder(tmp_path / "cache", {"size": 8})
+    for folder, weights in (("whole", 1), ("parts", 2), ("latte", 1), ("trained", 1), (saved, 0), ("cache", 0)):
+        modes = {path: mode(path) for path in (tmp_path / folder).rglob("*") if path.is_file()}
+        assert set(modes.values()) == {0o666 & ~umask}, modes
+        assert sum(path.suffix == ".safetensors" for path in modes) >= weights
