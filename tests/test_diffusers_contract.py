@@ -79,10 +79,8 @@ def test_a_factor_given_on_loading_replaces_the_saved_statistics(make_vae, tmp_p
     assert not caplog.records
     config = AutoencoderKLVCVAE.from_pretrained(tmp_path / "measured", scaling_factor=4.0).config
     assert (config.scaling_factor, config.latents_mean, config.latents_std) == (4.0, mean, [0.25] * 4)
-    assert [record.getMessage() for record in caplog.records] == [
-        "scaling_factor=4.0 replaces the latents_std by channel that this configuration has; pass latents_std as well to keep "
-        "them"
-    ]
+    (record,) = caplog.records
+    assert record.getMessage().startswith("scaling_factor=4.0 replaces the latents_std by channel")
 
 
 def test_signatures_and_flags(make_vae):

