@@ -215,7 +215,9 @@ class Trainer:
             betas=(optim.adam_beta1, optim.adam_beta2),
             weight_decay=optim.weight_decay,
         )
-        self.lr_scheduler = get_scheduler(optim.lr_scheduler, self.optimizer, optim.warmup_steps, optim.steps)
+        self.lr_scheduler = get_scheduler(
+            optim.lr_scheduler, self.optimizer, num_warmup_steps=optim.warmup_steps, num_training_steps=optim.steps
+        )
         self.model, self.optimizer = accelerator.prepare(model, self.optimizer)
         self.ema = EMAModel(self.model.parameters(), decay=optim.ema_decay, foreach=True)
         accelerator.register_save_state_pre_hook(self.save_ema)

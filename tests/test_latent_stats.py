@@ -14,7 +14,8 @@ from video_files import encode, numbered_frames
 
 from vc_vae_diffusers.autoencoder_kl_vcvae import AutoencoderKLVCVAE
 from vc_vae_diffusers.data import DataError
-from vc_vae_diffusers.latent_stats import LatentStatistics, RunningMoments, measure_latents, write_statistics
+from vc_vae_diffusers.latent_cache import merge_moments, moments_of
+from vc_vae_diffusers.latent_stats import LatentStatistics, measure_latents, write_statistics
 from vc_vae_diffusers.video import read_clip
 
 
@@ -27,18 +28,19 @@ def files(tmp_path) -> list[str]:
 
 def test_moments_in_pieces_are_those_of_the_whole():
     generator = torch.Generator().manual_seed(0)
-    values = torch.randn(3, 1000, generator=generator, dtype=torch.float64) + torch.tensor([[1e4], [0.0], [-3.0]])
-    whole, left, right = (RunningMoments(3) for _ in range(3))
-    for part in values.split([1, 99, 300, 600], dim=1):
-        whole.update(part)
-    left.update(values[:, :250])
-    right.update(values[:, 250:])
-    left.merge(right)
-    left.merge(RunningMoments(3))
-    for moments in (whole, left):
-        assert moments.count == 1000
-        assert (moments.mean - values.mean(dim=1)).abs().max() < 1e-11
-        assert (moments.variance() - values.var(dim=1, unbiased=False)).abs().max() < 1e-11
+    mean = torch.randn(10, 3, 4, 5, 5, generator=generator, dtype=torch.float64)
+    mean = mean + torch.tensor([1e4, 0.0, -3.0])[:, None, None, None]
+    variance = torch.rand(mean.shape, generator=generator, dtype=torch.float64)
+    exact_mean, exact_variance = mean.mean(dim=(0, 2, 3, 4)), mean.var(dim=(0, 2, 3, 4), unbiased=False)
+    for extra in (None, variance):
+        sizes = [1, 2, 3, 4]
+        pieces = zip(mean.split(sizes), [None] * 4 if extra is None else extra.split(sizes), strict=True)
+        merged = merge_moments([moments_of(*piece) for piece in pieces])
+        expected = exact_variance + (0 if extra is None else variance.mean(dim=(0, 2, 3, 4)))
+        for count, center, deviation in (moments_of(mean, extra), merged):
+            assert count.tolist() == [1000] * 3
+            assert (center - exact_mean).abs().max() < 1e-11
+            assert (deviation / count - expected).abs().max() < 1e-11
 
 
 def exact(vae: AutoencoderKLVCVAE, clips: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -160,13 +160,6 @@ def test_a_killed_encoding_goes_on_and_other_settings_are_refused(folder, tmp_pa
         trainer(folder, tmp_path, latent_cache=tmp_path / "cache", vae=other)
 
 
-def test_moments_merge_exactly():
-    parameters = torch.randn(7, 8, 2, 3, 3, generator=torch.Generator().manual_seed(0)) + 5
-    parts = latent_cache.merge_moments([latent_cache.moments_of(parameters[:2]), latent_cache.moments_of(parameters[2:])])
-    torch.testing.assert_close(parts, latent_cache.moments_of(parameters), rtol=1e-12, atol=0)
-    assert parts[0].tolist() == [7 * 2 * 3 * 3] * 4
-
-
 def test_unreadable_videos_stop_the_encoding(folder, tmp_path):
     (tmp_path / "clips").mkdir()
     for index in range(3):
@@ -238,6 +231,15 @@ def test_gradients_are_clipped_only_after_the_given_step(folder, tmp_path):
     assert measured[1] > 1e-2
     assert norms[0] > 1e-2
     assert norms[1] == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_the_learning_rate_warms_up_and_falls_as_configured(folder, tmp_path):
+    run = trainer(folder, tmp_path, lr_scheduler="linear", warmup_steps=2, steps=6)
+    rates = []
+    for batches in run.steps():
+        rates.append(run.optimizer.param_groups[0]["lr"])
+        run.train_step(batches)
+    assert rates == pytest.approx([0.0, 5e-4, 1e-3, 7.5e-4, 5e-4, 2.5e-4])
 
 
 def test_the_average_follows_the_weights(folder, tmp_path):

@@ -29,17 +29,19 @@ SETTINGS_NAME, INDEX_NAME = "settings.json", "index.json"
 _STREAM_ORDER = 100
 
 
-def moments_of(parameters: torch.Tensor) -> torch.Tensor:
-    """Count, mean and summed squared deviation of each channel of sampled latents, (3, C) float64.
+def moments_of(mean: torch.Tensor, variance: torch.Tensor | None = None) -> torch.Tensor:
+    """Count, mean and summed squared deviation of each channel of latents (N, C, t, h, w): (3, C) float64.
 
     Args:
-        parameters: posteriors (N, 2C, t, h, w), mean then log-variance. A sample's variance is that of the means plus the
-            posterior's own.
+        mean: of the posteriors.
+        variance: of the posteriors, for the moments of latents that are sampled from them, in closed form.
     """
-    mean, logvar = parameters.double().transpose(0, 1).flatten(1).chunk(2)  # (2C, N*t*h*w), halves by channel
-    count = torch.full((len(mean),), mean.shape[1], dtype=torch.float64)
-    center = mean.mean(dim=1)
-    deviation = (mean - center[:, None]).square().sum(dim=1) + logvar.exp().sum(dim=1)
+    values = mean.double().transpose(0, 1).flatten(1)
+    count = torch.full_like(values[:, 0], values.shape[1])
+    center = values.mean(dim=1)
+    deviation = (values - center[:, None]).square().sum(dim=1)
+    if variance is not None:
+        deviation = deviation + variance.double().sum(dim=(0, 2, 3, 4))
     return torch.stack([count, center, deviation]).cpu()
 
 
@@ -123,7 +125,7 @@ def write_shard(
         health.add(batch)
         posterior = vae.encode(batch["video"].to(device, vae.dtype)).latent_dist
         parameters = torch.cat([posterior.mean, posterior.logvar], dim=1).float()
-        moments.append(moments_of(parameters))
+        moments.append(moments_of(posterior.mean, posterior.var))
         posteriors.append(parameters.to("cpu", dtype))
         clips += batch["clips"]
     tensors = {"posteriors": torch.cat(posteriors), "moments": merge_moments(moments)}

@@ -21,44 +21,11 @@ from diffusers import ModelMixin
 
 from .data import ReadHealth, Skip, UnsuitableError
 from .files import write_whole
+from .latent_cache import merge_moments, moments_of
 from .training import pad_frames, returned_length
 from .video import VideoReadError, probe, read_clip
 
 logger = logging.getLogger(__name__)
-
-
-class RunningMoments:
-    """Count, mean and sum of squared deviations by channel, in float64, mergeable (Chan et al., 1979)."""
-
-    def __init__(self, channels: int):
-        self.count = 0
-        self.mean = torch.zeros(channels, dtype=torch.float64)
-        self.deviation = torch.zeros(channels, dtype=torch.float64)
-
-    def update(self, values: torch.Tensor, extra_variance: torch.Tensor | None = None) -> None:
-        """Add (channels, N) values; ``extra_variance`` (channels, N) is what each would add if it were sampled."""
-        values = values.detach().cpu().double()
-        batch = RunningMoments(len(values))
-        batch.count = values.shape[1]
-        batch.mean = values.mean(dim=1)
-        batch.deviation = (values - batch.mean[:, None]).square().sum(dim=1)
-        if extra_variance is not None:
-            batch.deviation += extra_variance.detach().cpu().double().sum(dim=1)
-        self.merge(batch)
-
-    def merge(self, other: RunningMoments) -> None:
-        """Add everything that ``other`` has seen."""
-        total = self.count + other.count
-        if total == 0:
-            return
-        gap = other.mean - self.mean
-        self.deviation += other.deviation + gap.square() * (self.count * other.count / total)
-        self.mean += gap * (other.count / total)
-        self.count = total
-
-    def variance(self) -> torch.Tensor:
-        """Population variance by channel."""
-        return self.deviation / self.count
 
 
 @dataclass(frozen=True)
@@ -77,26 +44,25 @@ class LatentStatistics:
     unreadable: int
 
     @classmethod
-    def of(cls, moments: RunningMoments, clips: int, unreadable: int) -> LatentStatistics:
-        """From the moments of all processes; the one pair is that of all channels pooled.
+    def of(cls, moments: torch.Tensor, clips: int, unreadable: int) -> LatentStatistics:
+        """From moments (3, C) as :func:`moments_of` gives them; the one pair is that of all channels pooled.
 
         Raises:
-            ValueError: if nothing was seen, or a channel does not vary.
+            ValueError: if a channel does not vary.
         """
-        if moments.count == 0:
-            raise ValueError("no latents were measured: no clip could be read")
-        variance = moments.variance()
+        count, mean, deviation = moments
+        variance = deviation / count
         flat = (variance == 0).nonzero().flatten().tolist()
         if flat:
             raise ValueError(f"latent channels {flat} are constant, their std is 0; the model is untrained or broken")
-        shift = moments.mean.mean()
-        pooled = (variance + (moments.mean - shift).square()).mean()
+        shift = mean.mean()
+        pooled = (variance + (mean - shift).square()).mean()
         return cls(
-            moments.mean.tolist(),
+            mean.tolist(),
             variance.sqrt().tolist(),
             (1 / pooled.sqrt()).item(),
             shift.item(),
-            moments.count,
+            int(count[0]),
             clips,
             unreadable,
         )
@@ -135,7 +101,7 @@ def measure_latents(
     state = PartialState(cpu=not torch.accelerator.is_available())
     lengths = {frames: returned_length(vae, frames) for frames in {1, num_frames}}
     parameter = next(vae.parameters())
-    moments: RunningMoments | None = None
+    parts: list[torch.Tensor] = []
     health = ReadHealth(max_unreadable)
     for batch in _clips(files[state.process_index :: state.num_processes], num_frames, size, clips_per_video):
         health.add(batch)
@@ -145,11 +111,9 @@ def measure_latents(
         clip = pad_frames(video, lengths[video.shape[2]]).to(parameter.device, parameter.dtype)
         with torch.no_grad():
             distribution = vae.encode(clip).latent_dist
-        channels = distribution.mean.shape[1]
-        moments = moments or RunningMoments(channels)
-        spread = distribution.var.transpose(0, 1).reshape(channels, -1) if posterior == "sample" else None
-        moments.update(distribution.mean.transpose(0, 1).reshape(channels, -1), spread)
-    return _over_processes(moments, health)
+        latest = moments_of(distribution.mean, distribution.var if posterior == "sample" else None)
+        parts = [merge_moments([*parts, latest])]
+    return _over_processes(parts, health)
 
 
 def _clips(files: Sequence[str], num_frames: int, size: int, clips_per_video: int) -> Iterator[dict]:
@@ -172,19 +136,17 @@ def _clips(files: Sequence[str], num_frames: int, size: int, clips_per_video: in
             yield {"video": None, "clips": [], "skipped": [Skip.of(path, error)]}
 
 
-def _over_processes(moments: RunningMoments | None, health: ReadHealth) -> LatentStatistics:
-    own = None if moments is None else (moments.count, moments.mean.tolist(), moments.deviation.tolist())
-    total, clips, unreadable = None, 0, 0
-    for part, read, failed in gather_object([(own, health.read, health.unreadable)]):
-        clips, unreadable = clips + read, unreadable + failed
-        if part is None:
-            continue
-        other = RunningMoments(len(part[1]))
-        other.count = part[0]
-        other.mean, other.deviation = (torch.tensor(values, dtype=torch.float64) for values in part[1:])
-        total = total or RunningMoments(len(part[1]))
-        total.merge(other)
-    return LatentStatistics.of(total or RunningMoments(0), clips, unreadable)
+def _over_processes(parts: list[torch.Tensor], health: ReadHealth) -> LatentStatistics:
+    """Join what the processes measured; a process without a clip has no moments.
+
+    Raises:
+        ValueError: if no process has any.
+    """
+    gathered = gather_object([(parts, health.read, health.unreadable)])
+    measured = [part for own, _, _ in gathered for part in own]
+    if not measured:
+        raise ValueError("no latents were measured: no clip could be read")
+    return LatentStatistics.of(merge_moments(measured), sum(row[1] for row in gathered), sum(row[2] for row in gathered))
 
 
 def write_statistics(folder: str | Path, statistics: LatentStatistics) -> list[str]:
