@@ -11,6 +11,7 @@ from diffusers import AutoencoderKLCogVideoX, AutoencoderKLWan
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from vc_vae_diffusers import winograd
 from vc_vae_diffusers.tdc import (
     CausalConv3d,
     CausalTDC,
@@ -579,3 +580,39 @@ def test_inference_mode_and_autocast():
         y = in_chunks(layer, x, [4, 4])
     assert y.dtype == torch.bfloat16
     assert 0 < (y.float() - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+def relative_error(evaluation: str, dtype: torch.dtype, group: int = 4) -> float:
+    """The worst output frame's error, in root mean square over that of the frame, against float64."""
+    layer = GroupCausalTDC(64, 64, group_size=group).to(dtype)
+    layer.evaluation = evaluation
+    x = F.silu(torch.randn(1, 64, group, 16, 16)).to(dtype)
+    with torch.no_grad():
+        expected = copy.deepcopy(layer).double()(x.double())[0]
+        error = layer(x)[0].double() - expected
+    return (error.square().mean((0, 1, 3, 4)) / expected.square().mean((0, 1, 3, 4))).sqrt().max().item()
+
+
+def test_winograd_is_accurate_enough_for_half_precision():
+    torch.manual_seed(0)
+    assert relative_error("direct", torch.bfloat16) < 0.005
+    assert relative_error("winograd", torch.bfloat16) < 0.012
+    assert relative_error("winograd", torch.bfloat16, group=2) < 0.012
+    assert relative_error("winograd", torch.float16) < 0.0015
+    assert relative_error("winograd", torch.float32) < 2e-6
+
+
+def test_the_usual_points_of_interpolation_would_be_worse(monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setitem(winograd.POINTS, 4, (0.0, 1.0, -1.0, 2.0, -2.0))
+    winograd.matrices.cache_clear()
+    try:
+        assert relative_error("winograd", torch.bfloat16) > 0.015
+    finally:
+        winograd.matrices.cache_clear()
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_winograd_refuses_tiles_that_no_group_has(outputs):
+    with pytest.raises(ValueError, match=f"outputs is {outputs}: pass one of"):
+        winograd.matrices(outputs)

@@ -222,8 +222,7 @@ class GroupCausalConv3d(TemporalConv3d):
         with torch.no_grad():
             outputs = self.winograd_outputs(self.weight, self.group_size)
             if outputs:
-                kernel = self.plain_kernel()
-                self.fused_winograd = winograd.transform_kernel(kernel, outputs)
+                self.fused_winograd = winograd.transform_kernel(self.plain_kernel(), outputs)
                 return
             self.fused_2 = frame_kernels(self.two_tap_kernel())
             if self.group_size > 1:
@@ -289,24 +288,25 @@ class GroupCausalConv3d(TemporalConv3d):
         """Which F(m, 3) serves a tensor like `x` in groups of `group`: its m, or 0 for direct evaluation."""
         if self.evaluation == "direct" or group % 2 != 0 or (self.evaluation == "auto" and x.device.type != "cpu"):
             return 0
-        low_precision = x.dtype != torch.float32 or torch.is_autocast_enabled(x.device.type)
-        return 2 if low_precision or group % 4 != 0 else 4
+        return 4 if group % 4 == 0 else 2
 
     def convolve_winograd(self, x: torch.Tensor, past: torch.Tensor, group: int, outputs: int) -> torch.Tensor:
         """Evaluate tiles of `outputs` frames by F(outputs, 3)."""
         kernels = self.fused_winograd
         if not self.usable(kernels) or len(kernels) != outputs + 2:
-            kernel = self.plain_kernel()
-            kernels = winograd.transform_kernel(kernel, outputs)
-        inside = x.unflatten(2, (-1, outputs)).unbind(3)  # outputs times (B, C, tiles, H, W)
-        before = shifted(past, inside[-1])
-        after = self.following(inside[0], inside[-1], group // outputs)
-        products = winograd.transform_frames([before, *inside, after])
+            kernels = winograd.transform_kernel(self.plain_kernel(), outputs)
+        biases = [None] * len(kernels) if self.bias is None else winograd.transform_bias(self.bias, outputs)
+        frames = list(x.unflatten(2, (-1, outputs)).unbind(3))  # outputs times (B, C, tiles, H, W)
+        before = shifted(past, frames[-1])
+        after = [] if group == outputs else [self.following(frames[0], frames[-1], group // outputs)]
+        frames = [frame.movedim(1, -1) for frame in (before, *frames, *after)]
+        products = winograd.transform_frames(frames, outputs, self.temporal_padding == "replicate")
         products = [
-            self.convolve_frames(frames, kernel, self.bias if i == winograd.BIASED_PRODUCT else None)
-            for i, (frames, kernel) in enumerate(zip(products, kernels, strict=True))
+            self.convolve_frames(product.movedim(-1, 1), kernel, bias).movedim(1, -1)
+            for product, kernel, bias in zip(products, kernels, biases, strict=True)
         ]
-        return interleave(winograd.combine_products(products))
+        y = winograd.combine_products(products, outputs)  # outputs times (B, tiles, H, W, C_out)
+        return y.movedim(0, 2).flatten(1, 2).movedim(-1, 1)
 
 
 class GroupCausalTDC(GroupCausalConv3d):

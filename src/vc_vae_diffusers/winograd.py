@@ -1,17 +1,59 @@
 """Temporal Winograd convolution: several output frames of a 3-tap temporal convolution from fewer 2-D convolutions.
 
 F(m, 3) gives m consecutive frames from m + 2 two-dimensional convolutions of linear combinations of m + 2 frames, where the
-direct way needs 3m. Groups of 4 and 2 frames are its tiles F(4, 3) and F(2, 3) (Lavin and Gray, 2015, along time alone).
-Not in the paper: it changes how an operator is evaluated, and results by rounding only. Interpolation points are 0, 1, -1
-(and 2, -2 for F(4, 3)) and infinity; every combination below is written with few passes over a frame. Relative errors in
-float32 are 2e-6 for F(2, 3), 6e-6 for F(4, 3) and 2e-6 directly; in bfloat16 7e-3, 3e-2 and 4e-3, which is why F(4, 3) is
-for float32 alone.
+direct way needs 3m: F(4, 3) for groups of 4 frames, F(2, 3) for groups of 2 (Toom and Cook's interpolation, used for
+convolutions by Winograd and for networks by Lavin and Gray, 2015; here along time alone). Not in the paper: it changes how
+an operator is evaluated, and results by rounding only.
+
+The points of interpolation are 0, 1, -1 and infinity for F(2, 3), as usual. F(4, 3) interpolates at 0, 3/4, -3/4, 3/2, -3/2
+and infinity instead of the usual 0, 1, -1, 2, -2: an output frame weighs the products by powers of the points, and with
+these no frame's rounding stands out. Transforms are matrix products, which sum in float32 whatever the dtype. Together
+that makes F(4, 3) good enough for bfloat16 (`tests/test_tdc.py` measures it, docs/performance.md has the figures).
 """
+
+from collections.abc import Sequence
+from functools import cache
 
 import torch
 
-# This product enters every output once, so that its convolution can carry the bias.
-BIASED_PRODUCT = 1
+POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 0.75, -0.75, 1.5, -1.5)}
+
+
+def polynomial(roots: Sequence[float]) -> list[float]:
+    """Coefficients of the monic polynomial with these roots, the constant one first."""
+    coefficients = [1.0]
+    for root in roots:
+        coefficients = [a - root * b for a, b in zip([0.0, *coefficients], [*coefficients, 0.0], strict=True)]
+    return coefficients
+
+
+@cache
+def matrices(outputs: int) -> tuple[list[list[float]], list[list[float]], list[list[float]]]:
+    """The transforms of F(m, 3), m outputs: of frames `(m+2, m+2)`, of kernel slices `(m+2, 3)`, of products `(m, m+2)`.
+
+    Raises:
+        ValueError: for another number of outputs than 2 and 4.
+    """
+    if outputs not in POINTS:
+        raise ValueError(f"outputs is {outputs}: pass one of {sorted(POINTS)}")
+    points = POINTS[outputs]
+    frames, kernel = [], []
+    for i, point in enumerate(points):
+        others = points[:i] + points[i + 1 :]
+        scale = 1.0
+        for other in others:
+            scale *= point - other
+        frames.append([*polynomial(others), 0.0])
+        kernel.append([point**k / scale for k in range(3)])
+    frames.append(polynomial(points))
+    kernel.append([0.0, 0.0, 1.0])
+    products = [[point**k for point in points] + [float(k == outputs - 1)] for k in range(outputs)]
+    return frames, kernel, products
+
+
+def combine(matrix: Sequence[Sequence[float]], parts: torch.Tensor) -> torch.Tensor:
+    """Linear combinations of `parts`, `(columns, ...)` to `(rows, ...)`."""
+    return (parts.new_tensor(matrix) @ parts.flatten(1)).unflatten(1, parts.shape[1:])
 
 
 def transform_kernel(kernel: torch.Tensor, outputs: int) -> torch.Tensor:
@@ -19,47 +61,32 @@ def transform_kernel(kernel: torch.Tensor, outputs: int) -> torch.Tensor:
 
     Sums are made in float32 at least, and the result is of the kernel's dtype.
     """
-    dtype = kernel.dtype
-    kernel = kernel.to(torch.promote_types(dtype, torch.float32))
-    past, middle, future = kernel.permute(2, 0, 3, 4, 1)  # channels last, which is how 2-D convolutions are fastest
-    if outputs == 2:
-        even, odd = (past + future) / 2, middle / 2
-        products = [past, even + odd, even - odd, future]
-    else:
-        even, odd = (past + future) / -6, middle / -6
-        even2, odd2 = past / 24 + future / 6, middle / 12
-        products = [past / 4, even + odd, even - odd, even2 + odd2, even2 - odd2, future]
-    return torch.stack(products).permute(0, 1, 4, 2, 3).to(dtype)
+    slices = kernel.to(torch.promote_types(kernel.dtype, torch.float32))
+    slices = slices.permute(2, 0, 3, 4, 1).contiguous()  # channels last, which is how 2-D convolutions are fastest
+    return combine(matrices(outputs)[1], slices).permute(0, 1, 4, 2, 3).to(kernel.dtype)
 
 
-def transform_frames(frames: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Combine `outputs + 2` neighbouring frames into the inputs of the products. Frames are of any one shape."""
-    if len(frames) == 4:
-        d0, d1, d2, d3 = frames
-        return [d0 - d2, d1 + d2, d2 - d1, d1 - d3]
-    d0, d1, d2, d3, d4, d5 = frames
-    even, odd = torch.sub(d4, d2, alpha=4), torch.sub(d3, d1, alpha=4)
-    even2, odd2 = d4 - d2, d3 - d1
-    return [
-        torch.add(even2, d0 - d2, alpha=4),
-        even + odd,
-        even - odd,
-        torch.add(even2, odd2, alpha=2),
-        torch.sub(even2, odd2, alpha=2),
-        torch.sub(d5 - d3, odd2, alpha=4),
-    ]
+def transform_bias(bias: torch.Tensor, outputs: int) -> torch.Tensor:
+    """Split a bias `(out,)` into those of the products, `(outputs + 2, out)`, which add up to it in every output frame."""
+    frames, kernel, _ = matrices(outputs)
+    shares = [sum(row) * weights[0] for row, weights in zip(frames, kernel, strict=True)]  # of a kernel's effect on ones
+    return bias.new_tensor(shares)[:, None] * bias
 
 
-def combine_products(products: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Combine the `outputs + 2` convolved inputs into the output frames."""
-    if len(products) == 4:
-        m0, m1, m2, m3 = products
-        return [m0 + m1 + m2, m1 - m2 - m3]
-    m0, m1, m2, m3, m4, m5 = products
-    even, odd, even2, odd2 = m1 + m2, m1 - m2, m3 + m4, m3 - m4
-    return [
-        m0 + even + even2,
-        torch.add(odd, odd2, alpha=2),
-        torch.add(even, even2, alpha=4),
-        torch.add(odd + m5, odd2, alpha=8),
-    ]
+def transform_frames(frames: Sequence[torch.Tensor], outputs: int, replicate: bool) -> Sequence[torch.Tensor]:
+    """Combine neighbouring frames into the inputs of the `outputs + 2` products.
+
+    Args:
+        frames: `outputs + 2` tensors of one shape; or without the last one, which is missing then.
+        outputs: m of F(m, 3).
+        replicate: whether the frame before stands for a missing one; it is zero otherwise.
+    """
+    matrix = matrices(outputs)[0]
+    if len(frames) == outputs + 1:
+        matrix = [[*row[:-2], row[-2] + row[-1] if replicate else row[-2]] for row in matrix]
+    return combine(matrix, torch.stack(list(frames))).unbind(0)
+
+
+def combine_products(products: Sequence[torch.Tensor], outputs: int) -> torch.Tensor:
+    """Combine the `outputs + 2` convolved inputs into the output frames, `(outputs, ...)`."""
+    return combine(matrices(outputs)[2], torch.stack(list(products)))
