@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKLCogVideoX, AutoencoderKLHunyuanVideo, AutoencoderKLLTXVideo, AutoencoderKLWan
 from safetensors.torch import load_file
@@ -169,6 +170,21 @@ def test_the_tiny_configurations_hold_their_holdout_back(train):
         assert len(config.data.holdout) >= 5
         assert not set(config.data.include) & set(config.data.holdout)
         assert train.vdata.parse_buckets(config.data.buckets)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "processes"),
+    [("cpu2", "MULTI_GPU", 2), ("ddp", "MULTI_GPU", 8), ("fsdp", "FSDP", 8), ("deepspeed", "DEEPSPEED", 8)],
+)
+def test_accelerate_reads_the_launch_configurations(name, kind, processes):
+    config = load_config_from_file(str(CONFIGS / f"accelerate_{name}.yaml"))  # raises for keys that it does not know
+    assert (config.distributed_type.value, config.num_processes, config.use_cpu) == (kind, processes, name == "cpu2")
+    assert (config.fsdp_config == {}) == (name != "fsdp")
+    assert (config.deepspeed_config == {}) == (name != "deepspeed")
+    if name == "deepspeed":
+        stage = json.loads((ROOT / config.deepspeed_config["deepspeed_config_file"]).read_text())
+        assert stage["zero_optimization"] == {"stage": 2}
+        assert stage["gradient_clipping"] == 1.0  # DeepSpeed's own, as max_grad_norm
 
 
 def test_the_command_line_wins_over_yaml_and_mistakes_are_named(train, tmp_path):

@@ -87,6 +87,7 @@ class CardContent:
         training: how it was trained, or that it was not.
         limitations: what it cannot do.
         metrics: measured results; empty makes the card say that nothing was measured.
+        comparison: Markdown below them, such as a table of other models under the same protocol.
         base_model: hub id of the weights it came from.
         datasets: hub ids of its data.
         tags: besides "video" and "vc-vae".
@@ -99,6 +100,7 @@ class CardContent:
     training: str
     limitations: str
     metrics: Sequence[MeasuredMetric] = ()
+    comparison: str = ""
     base_model: str | None = None
     datasets: Sequence[str] = ()
     tags: Sequence[str] = field(default=())
@@ -317,7 +319,7 @@ def write_model_card(folder: str | Path, content: CardContent, where: str | None
         "Contents": contents_table(folder),
         "Training data": content.training_data,
         "Training": content.training,
-        "Results": results_table(content.metrics),
+        "Results": "\n\n".join(filter(None, (results_table(content.metrics), content.comparison))),
         "Limits": content.limitations,
         "Licence": content.licence,
     }
