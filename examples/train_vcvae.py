@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import io
-import itertools
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -616,20 +617,24 @@ def find_data(config: DataConfig) -> tuple[list[str], list[str]]:
 
 
 def benchmark_loader(trainer: Trainer, sources: list[str], steps: int) -> None:
-    """Print how many clips, frames and megapixels a second the loader of this process delivers, without training."""
+    """Print how many clips, frames and megapixels a second the loader of this process delivers, without training.
+
+    The CPU time of a clip, workers included, hardly depends on what else the machine does.
+    """
     health = vdata.ReadHealth(trainer.config.data.max_unreadable)
-    batches = iter(trainer.loader(sources))
+    trainer.config.optim.steps = steps
     total = {"clips": 0, "frames": 0, "megapixels": 0.0}
-    started = time.perf_counter()
-    for batch in itertools.islice(batches, steps):
+    started, cpu_before = time.perf_counter(), sum(os.times()[:4])
+    for batch in trainer.loader(sources):
         health.add(batch)
         clips, _, frames, height, width = batch["video"].shape
         total["clips"] += clips
         total["frames"] += clips * frames
         total["megapixels"] += clips * frames * height * width / 1e6
-    seconds = time.perf_counter() - started
+    seconds, cpu = time.perf_counter() - started, sum(os.times()[:4]) - cpu_before
     rates = ", ".join(f"{value / seconds:.2f} {name}/s" for name, value in total.items())
     print(f"loader: {total['clips']} clips in {seconds:.1f} s with {trainer.config.data.num_workers} workers: {rates}")
+    print(f"{cpu / total['clips']:.3f} CPU seconds a clip")
     print(f"unreadable {health.unreadable}, unsuitable for their bucket {health.unsuitable}")
 
 
@@ -642,6 +647,9 @@ def main(argv: list[str]) -> None:
     if run.deterministic:
         torch.use_deterministic_algorithms(True)
     tracker = None if run.tracker == "none" else run.tracker
+    if tracker is not None and importlib.util.find_spec(tracker) is None:
+        # accelerate would go on without a word.
+        raise ImportError(f"tracker={tracker!r} is not installed: pip install {tracker}, or choose --tracker none")
     # Told that there is no accelerator, accelerate joins several processes by gloo; else it would start strangers.
     cpu = run.cpu or not torch.accelerator.is_available()
     accelerator = Accelerator(cpu=cpu, mixed_precision=run.mixed_precision, log_with=tracker, project_dir=run.output)

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -472,6 +473,14 @@ def test_bfloat16_gradients_of_the_discriminator_are_right_at_every_length():
 # ------------------------------------------------------------------------------------------------------- what is trained
 
 
+def test_a_tracker_that_is_missing_is_named(arguments, run, train, tmp_path, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None if name == "wandb" else found(name))
+    with pytest.raises(ImportError, match=r"tracker='wandb' is not installed: pip install wandb, or choose --tracker none"):
+        run(arguments(tmp_path / "out", *STAGE_1, "--tracker", "wandb"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_only_the_named_part_is_trained_and_the_result_is_the_average(arguments, run, trainer, train, tmp_path):
     built, sources = trainer(arguments(tmp_path / "out", *STAGE_1, "--train", "decoder", "--ema_decay", "0.5"))
     before = {name: p.detach().clone() for name, p in built.model.vae.named_parameters()}
@@ -703,9 +712,14 @@ def test_sizes_that_do_not_fit_are_named():
         wrapped(torch.zeros(1, 3, 1, 60, 60), None)
 
 
-def test_the_loader_is_measured(arguments, run, tmp_path, capsys):
-    run(arguments(tmp_path / "out", *STAGE_1, "--benchmark_loader", "3"))
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_the_loader_is_measured(arguments, run, train, tmp_path, capsys, workers):
+    run(arguments(tmp_path / "out", *STAGE_1, "--benchmark_loader", "5", "--num_workers", workers))
     printed = capsys.readouterr().out
-    assert "frames/s" in printed
+    plan = train.vdata.ClipPlan(train.vdata.parse_buckets(BUCKETS), seed=0)
+    clips = sum(len(plan.requests(step)) for step in range(5))  # more than micro-batches
+    assert f"loader: {clips} clips in" in printed
+    assert f"with {workers} workers" in printed
+    assert float(re.search(r"([\d.]+) CPU seconds a clip", printed)[1]) > 0.001
     assert "unreadable 0" in printed
     assert not (tmp_path / "out" / "checkpoints").exists()
