@@ -20,7 +20,7 @@ import typer
 from typer.testing import CliRunner
 
 from vc_vae_diffusers import AutoencoderKLVCVAE
-from vc_vae_diffusers.evaluation import commands
+from vc_vae_diffusers.evaluation import commands, runner
 from vc_vae_diffusers.evaluation.baselines import Original, wrap_model
 from vc_vae_diffusers.evaluation.journal import Journal, file_name
 from vc_vae_diffusers.evaluation.loading import ModelSpec
@@ -447,6 +447,35 @@ def test_fvd_of_generated_clips(videos, tmp_path, real_weights):
         run_evaluation([ModelSpec("G", str(generated))], protocol, videos, tmp_path / "s.json", CPU)
     with pytest.raises(ValueError, match="not a folder of samples"):
         run_evaluation([ModelSpec("G", f"samples:{generated}")], _protocol(), videos, tmp_path / "s.json", CPU)
+
+
+def test_clips_of_the_data_are_measured_once_for_all_samples_and_new_samples_need_a_new_label(
+    videos, tmp_path, make_video, monkeypatch
+):
+    protocol = _protocol(kind="generation", metrics=("fvd",), num_frames=10)
+    measured = []
+
+    def networks(*_) -> MetricNetworks:
+        found = MetricNetworks(torch.device("cpu"))
+        found.video_features = lambda clip: measured.append(clip) or clip.mean(dim=(0, 3, 4)).reshape(1, -1)
+        return found
+
+    monkeypatch.setattr(runner, "build_networks", networks)
+    for name in "AB":
+        (tmp_path / name).mkdir()
+        for index in range(3):
+            with VideoWriter(tmp_path / name / f"{index}.mkv", 8, codec="lossless") as writer:
+                writer.write(make_video(10, 32, 32, seed=7 * index + ord(name)))
+    specs = [ModelSpec(name, f"samples:{tmp_path / name}") for name in "AB"]
+    both = run_evaluation(specs, protocol, videos, tmp_path / "both.json", CPU)
+    assert len(measured) == 5 + 3 + 3
+    for spec in specs:
+        alone = run_evaluation([spec], protocol, videos, tmp_path / f"{spec.label}.json", CPU)
+        assert find_model(alone, spec.label)["metrics"] == find_model(both, spec.label)["metrics"]
+    assert find_model(both, "A")["metrics"] != find_model(both, "B")["metrics"]
+    (tmp_path / "A" / "2.mkv").unlink()
+    with pytest.raises(ValueError, match=r"another generated, generated_sha256; give this one another label"):
+        run_evaluation(specs, protocol, videos, tmp_path / "both.json", CPU)
 
 
 def test_missing_weights_are_one_error(videos, models, tmp_path):

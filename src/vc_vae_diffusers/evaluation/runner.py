@@ -189,7 +189,8 @@ def _describe(
         "metric_backends": task.networks.backends,
     }
     if model is None:
-        return description
+        generated = list_samples(spec.source.removeprefix(SAMPLES), task.protocol)
+        return {**description, "generated": len(generated.samples), "generated_sha256": generated.sha256}
     network = model.module
     return {
         **description,

@@ -238,6 +238,10 @@ class GenerationTask(Task):
 
     DATA, GENERATED = "data", "generated"
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._data_records: dict[str, Record] = {}  # every folder of samples is compared with the same clips
+
     def samples(self, source: str) -> tuple[Sample, ...]:
         generated = list_samples(source, self.protocol)
         named = ((self.DATA, self.data.samples), (self.GENERATED, generated.samples))
@@ -245,7 +249,10 @@ class GenerationTask(Task):
 
     def _measure(self, model: None, sample: Sample, variant: Variant, generator: torch.Generator) -> Record:
         protocol = self.protocol
-        interval = protocol.frame_interval if sample.name.startswith(f"{self.DATA}/") else 1
+        if sample.name in self._data_records:
+            return self._data_records[sample.name]
+        of_data = sample.name.startswith(f"{self.DATA}/")
+        interval = protocol.frame_interval if of_data else 1
         with open_sample(sample, protocol, protocol.size) as reader:
             clip = torch.cat(list(read_chunks(reader, interval)), dim=2)
         if clip.shape[2] < protocol.num_frames:
@@ -254,7 +261,10 @@ class GenerationTask(Task):
             )
         clip = clip[:, :, : min(protocol.num_frames, protocol.fvd_frames)].to(self.networks.device)
         features = encode_features(self.networks.video_features(clip)[0])
-        return {"frames": clip.shape[2], "height": clip.shape[3], "width": clip.shape[4], "features": features}
+        record = {"frames": clip.shape[2], "height": clip.shape[3], "width": clip.shape[4], "features": features}
+        if of_data:
+            self._data_records[sample.name] = record
+        return record
 
     def summarise(self, records: list[Record]) -> dict[str, Any]:
         groups = ([], [])
