@@ -18,8 +18,8 @@ TINY = {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "norm_num_g
 def make_vae() -> Callable[..., AutoencoderKLVCVAE]:
     """A factory of tiny models: `make_vae(**config)`. All weights are random, also those that start as an identity.
 
-    Slices of differences are smaller than the anchor's, as they are after training: random ones as large as the anchor make
-    every layer amplify what differs between neighbouring frames threefold, rounding errors in static clips included.
+    Slices of differences, zero in a new model, are smaller than the anchor's, as they are after training: random ones as large
+    make every layer amplify what differs between neighbouring frames threefold, rounding errors in static clips included.
     """
 
     def make(seed: int = 0, **config) -> AutoencoderKLVCVAE:
@@ -31,9 +31,8 @@ def make_vae() -> Callable[..., AutoencoderKLVCVAE]:
                     parameter.add_(torch.randn_like(parameter), alpha=0.2)
             for layer in vae.modules():
                 if isinstance(layer, TemporalConv3d) and vae.config.temporal_operator == "tdc":
-                    differences = [k for k in range(len(layer.slices)) if k != layer.anchor]
-                    layer.weight[:, :, differences] *= 0.3
-                    layer.weight[:, :, layer.anchor] *= 1.7
+                    for k in set(range(len(layer.slices))) - {layer.anchor}:
+                        layer.weight[:, :, k].normal_(std=0.17 * layer.weight[:, :, layer.anchor].std().item())
         return vae
 
     return make

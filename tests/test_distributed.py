@@ -36,6 +36,8 @@ def tiny_vae(convention: str) -> AutoencoderKLVCVAE:
     for name, parameter in vae.named_parameters():
         if "temporal_" in name:  # which start as an identity
             parameter.add_(torch.randn_like(parameter), alpha=0.2)
+        elif parameter.ndim == 5:  # whose slices of differences start at zero
+            parameter.add_(torch.randn_like(parameter), alpha=0.2 * parameter.std().item())
     return vae
 
 

@@ -10,7 +10,7 @@ HALVES = [torch.float16, torch.bfloat16]
 # Of a reconstruction by tiny random models: the PSNR against float32 (measured 61 to 66 and 42 to 50 dB), and the largest
 # error relative to the largest value (measured up to 0.02 and 0.11).
 PARITY_DB = {torch.float16: 57, torch.bfloat16: 39}
-LARGEST = {torch.float16: 0.03, torch.bfloat16: 0.15}
+LARGEST = {torch.float16: 0.03, torch.bfloat16: 0.25}
 
 
 def psnr(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -586,6 +586,7 @@ def relative_error(evaluation: str, dtype: torch.dtype, group: int = 4) -> float
     """The worst output frame's error, in root mean square over that of the frame, against float64."""
     layer = GroupCausalTDC(64, 64, group_size=group).to(dtype)
     layer.evaluation = evaluation
+    nn.init.normal_(layer.weight, std=(3 * 9 * 64) ** -0.5)
     x = F.silu(torch.randn(1, 64, group, 16, 16)).to(dtype)
     with torch.no_grad():
         expected = copy.deepcopy(layer).double()(x.double())[0]
@@ -616,3 +617,15 @@ def test_the_usual_points_of_interpolation_would_be_worse(monkeypatch):
 def test_winograd_refuses_tiles_that_no_group_has(outputs):
     with pytest.raises(ValueError, match=f"outputs is {outputs}: pass one of"):
         winograd.matrices(outputs)
+
+
+@pytest.mark.parametrize(
+    ("layer_class", "settings"), [(GroupCausalTDC, {"group_size": 4}), (CausalTDC, {}), (TemporalInteractionTDC, {})]
+)
+def test_a_new_layer_of_differences_is_a_2d_convolution(layer_class, settings):
+    torch.manual_seed(0)
+    layer = layer_class(64, 32, 3, **settings)
+    others = [k for k in range(len(layer.slices)) if k != layer.anchor]
+    assert layer.weight[:, :, others].abs().max() == 0
+    torch.manual_seed(0)
+    assert layer.weight[:, :, layer.anchor].std().item() == pytest.approx(nn.Conv2d(64, 32, 3).weight.std().item(), rel=0.03)

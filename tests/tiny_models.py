@@ -20,7 +20,7 @@ def tiny_vae(**config) -> AutoencoderKLVCVAE:
     with torch.no_grad():
         for name, parameter in vae.named_parameters():
             if parameter.ndim == 5 and parameter.shape[2] == 3:
-                parameter[:, :, [0, 2]] *= 0.1
+                parameter[:, :, [0, 2]] = 0.1 * parameter.std() * torch.randn_like(parameter[:, :, [0, 2]])
             elif name.endswith("temporal_upsampler.conv.weight"):
                 parameter += 0.1 * torch.randn_like(parameter)
     return vae

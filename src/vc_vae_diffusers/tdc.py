@@ -21,6 +21,7 @@ How a folded kernel is evaluated is a matter of speed and changes results by rou
 (`winograd.py`) for groups of two and four frames; see `TemporalConv3d.evaluation`.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -93,6 +94,7 @@ class TemporalConv3d(nn.Conv3d):
 
     slices: tuple[str, ...]
     anchor: int
+    differences = False
 
     def __init__(
         self,
@@ -125,6 +127,18 @@ class TemporalConv3d(nn.Conv3d):
         # Kernels that `fuse` folds once, left out of the state dict: with 3 and 2 taps, and transformed.
         for name in ("fused_3", "fused_2", "fused_winograd"):
             self.register_buffer(name, None, persistent=False)
+
+    def reset_parameters(self) -> None:
+        """As in `nn.Conv3d`. A layer of differences starts as the anchor's 2-D convolution, the other slices at zero.
+
+        So it starts when inflated (Sec. 3.2). Random slices as large as the anchor's would amplify whatever differs between
+        two frames, rounding included, up to threefold a layer.
+        """
+        super().reset_parameters()
+        if self.differences:
+            with torch.no_grad():
+                self.weight.zero_()
+            nn.init.kaiming_uniform_(self.weight[:, :, self.anchor], a=math.sqrt(5))  # what nn.Conv2d does
 
     # Kernels
 
@@ -313,6 +327,7 @@ class GroupCausalTDC(GroupCausalConv3d):
     """Group causal TDC (Eq. 5): `W_a*X_t + W_p*(X_{t-1} - X_t) + W_f*(X_{t+1} - X_t)`. Arguments of its plain twin."""
 
     slices = ("past", "anchor", "future")
+    differences = True
 
     def plain_kernel(self) -> torch.Tensor:
         return fold_tdc(self.weight, self.anchor)
@@ -368,6 +383,7 @@ class CausalTDC(CausalConv3d):
     """Causal TDC (Eq. 7): `W_t*X_t + W_{t-1}*(X_{t-1} - X_t) + W_{t-2}*(X_{t-2} - X_t)`. Arguments of its plain twin."""
 
     slices = ("t-2", "t-1", "anchor")
+    differences = True
 
     def plain_kernel(self) -> torch.Tensor:
         return fold_tdc(self.weight, self.anchor)
@@ -411,6 +427,7 @@ class TemporalInteractionTDC(TemporalInteractionConv3d):
     """Temporal interaction TDC (Eq. 6): `W_a*X_a + W_p*(X_p - X_a)`, the later frame of a pair being the anchor."""
 
     slices = ("past", "anchor")
+    differences = True
 
     def plain_kernel(self) -> torch.Tensor:
         return fold_tdc(self.weight, self.anchor)

@@ -100,6 +100,7 @@ class TrainableVAE(nn.Module):
             vae.use_framewise_encoding = vae.use_framewise_decoding = False
         self.vae = vae
         self.padded_frames = {frames: returned_length(vae, frames) for frames in sorted(set(num_frames))}
+        self.padded_frames |= {frames: frames for frames in self.padded_frames.values()}  # an image comes as such a clip
 
     def forward(self, video: torch.Tensor, noise_seeds: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Reconstruct clips from samples of the posterior, or from its mode.
