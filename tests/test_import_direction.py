@@ -20,7 +20,8 @@ EXACTLY = {
     "auto_map": {"files"},
     "blocks": {"tdc"},
     "image_vae": {"tdc"},
-    "autoencoder_kl_vcvae": {"tdc", "blocks", "tiling", "image_vae", "auto_map"},
+    "memory_plan": {"tdc", "tiling"},
+    "autoencoder_kl_vcvae": {"tdc", "blocks", "tiling", "image_vae", "auto_map", "memory_plan"},
     "video_decoding": set(),
     "video_writing": {"video_decoding"},
     "video": {"video_decoding", "video_writing"},
@@ -43,7 +44,7 @@ EXACTLY = {
 # Modules above the model, from the lowest to the highest: each may import its own layer, those before it, and the above.
 LAYERS = (
     {"hub", "latte_transformer", "auto", "pipeline_latte"},
-    {"training", "latent_stats", "memory_plan", "distributed", "visualize"},
+    {"training", "latent_stats", "distributed", "visualize"},
     {""},  # the package's __init__, which exports what users import
     {
         "evaluation",

@@ -24,6 +24,7 @@ from torch import nn
 from .auto_map import PublishedModelMixin
 from .blocks import Cache, Decoder, Encoder, TemporalDesign
 from .image_vae import HUB_OPTIONS, inflate, read_image_vae
+from .memory_plan import MemoryPlan, apply_plan, plan
 from .tdc import TemporalConv3d, per_frame
 from .tiling import BlendedFrameBuffer, FrameBuffer, TileGrid, scaled
 
@@ -631,6 +632,35 @@ class AutoencoderKLVCVAE(PublishedModelMixin, ModelMixin, AutoencoderMixin, Conf
         )
         self.tile_grid = TileGrid.from_pixels(height, width, stride_height, stride_width, ratio)
         self.use_tiling = True
+
+    def enable_auto_memory(
+        self,
+        height: int,
+        width: int,
+        num_frames: int | None = None,
+        memory: int | str | None = None,
+        **options,
+    ) -> MemoryPlan:
+        """Choose `groups_per_chunk` and tiles for a size of video and set them, so that it fits into memory.
+
+        The choice is made once and for this size, not at every call: what a model computes does not then depend on what
+        else happened to be in memory. It is an estimate (`memory_plan.py` says how good); nothing is run.
+
+        Args:
+            height, width: of the video in pixels, multiples of the spatial compression.
+            num_frames: of a clip for `encode` and `decode`; None for `encode_stream` and `decode_stream`.
+            memory: the budget of the process on the model's device, in bytes or as `"8GB"`; None is what is free now.
+            options: of `memory_plan.plan`: `operations`, `batch_size`, `max_groups`.
+
+        Returns:
+            The plan, with estimates of the peak by its parts.
+
+        Raises:
+            ValueError: if nothing fits, with what the smallest setting takes.
+        """
+        chosen = plan(self, height, width, num_frames, memory, **options)
+        apply_plan(self, chosen)
+        return chosen
 
     @apply_forward_hook
     @torch.no_grad()

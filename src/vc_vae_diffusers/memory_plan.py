@@ -10,7 +10,7 @@ arithmetic. All in bytes:
 
 | term | what it is |
 | --- | --- |
-| runtime | the process with its libraries, and whatever else it holds: its resident size now, without the model |
+| runtime | the process with its libraries and whatever else it holds now without the model, and `FIRST_USE_BYTES` on CPUs |
 | weights | parameters and fused kernels |
 | video | whole clips: the clip, its posterior or its frames. Streams: a few chunks of them |
 | cache | the caches of tiles other than the one at work. A stream keeps one a tile, a whole clip none |
@@ -18,8 +18,12 @@ arithmetic. All in bytes:
 
 On the CPU the traced peak is not the plain sum of live bytes. glibc takes tensors under 32 MiB from a heap that it seldom
 gives back and returns larger ones at once, so that a process holds the *highest* sum of small tensors so far, times
-`HEAP_FACTOR` for the holes in it, plus the large tensors of the moment. `HEAP_FACTOR` is the one calibrated number:
-`python benchmarks/vae_memory.py --calibrate` measures it. On CUDA the sum is what `torch.cuda.max_memory_allocated` reports.
+`HEAP_FACTOR`, plus the large tensors of the moment. The factor is for holes: an aligned block asks for a little more than it
+keeps, so that the hole a tensor leaves is just too small for the next one of its size. The heap grew to 1.3 times the live
+bytes over two chunks and 2.3 times over sixteen. The model's layers allocate nothing else that counts.
+
+`HEAP_FACTOR` and `FIRST_USE_BYTES` are the two calibrated numbers: `python benchmarks/vae_memory.py --calibrate` measures
+both over a grid of small sizes. On CUDA the sum of live bytes is what `torch.cuda.max_memory_allocated` reports.
 
 Inference only: training keeps every activation, which `benchmarks/train_step.py` measures.
 """
@@ -32,22 +36,22 @@ import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import psutil
 import torch
 from accelerate.hooks import remove_hook_from_module
+from diffusers.models.modeling_utils import ModelMixin
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .tdc import TemporalConv3d
 from .tiling import TileGrid
 
-if TYPE_CHECKING:  # the model may import this module
-    from .autoencoder_kl_vcvae import AutoencoderKLVCVAE
-
 # Highest sum of small tensors to the size of the heap that held them.
-HEAP_FACTOR = 1.25
+HEAP_FACTOR = 1.75
+# What the first encoding or decoding adds to a process for good: code of the libraries, kernels made for this processor.
+FIRST_USE_BYTES = 40 * 2**20
 # Tensors from this size on are mapped one by one and given back at once (glibc's M_MMAP_THRESHOLD at its maximum).
 MAPPED_BYTES = 32 * 2**20
 # What a CUDA context takes beside torch's allocator, where none exists yet to ask. Assumed: 0.3 to 0.6 GB are usual.
@@ -170,17 +174,20 @@ class LiveBytes(TorchDispatchMode):
 
     Args:
         known: tensors that do not count.
-        mapped_bytes: with it, tensors below this size count as a heap does, which keeps its highest size times
-            `heap_factor`; None counts all alike.
+        mapped_bytes: tensors below this size count as a heap does, which keeps its highest size; None counts all alike.
     """
 
-    def __init__(
-        self, known: Sequence[torch.Tensor] = (), mapped_bytes: int | None = None, heap_factor: float = HEAP_FACTOR
-    ):
+    def __init__(self, known: Iterable[torch.Tensor] = (), mapped_bytes: int | None = None):
         super().__init__()
-        self.mapped_bytes, self.heap_factor = mapped_bytes, heap_factor
-        self.large = self.small = self.heap = self.peak = 0
+        self.mapped_bytes = mapped_bytes
+        self.large = self.small = 0
+        # Heap sizes as they grew, each with the most that large tensors held at that size.
+        self.steps = [(0, 0)]
         self._seen = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def peak(self, heap_factor: float = 1.0) -> int:
+        """The highest sum of the heap, times a factor for its holes, and of large tensors."""
+        return max(int(heap * heap_factor) + large for heap, large in self.steps)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -192,14 +199,16 @@ class LiveBytes(TorchDispatchMode):
     def _add(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
         self._seen.add(key)
+        heap, large = self.steps[-1]
         if self.mapped_bytes is not None and size < self.mapped_bytes:
             self.small += size
-            self.heap = max(self.heap, int(self.small * self.heap_factor))
             weakref.finalize(storage, self._free_small, key, size)
+            if self.small > heap:
+                self.steps.append((self.small, self.large))
         else:
             self.large += size
             weakref.finalize(storage, self._free_large, key, size)
-        self.peak = max(self.peak, self.heap + self.large)
+            self.steps[-1] = (heap, max(large, self.large))
 
     def _free_small(self, key: int, size: int) -> None:
         self._seen.remove(key)
@@ -212,9 +221,9 @@ class LiveBytes(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class _ChunkMemory:
-    """What the network takes at one spatial extent: the peak with its caches, and the caches alone, both in bytes."""
+    """What the network takes at one spatial extent, caches included, and the bytes of the caches alone."""
 
-    peak: int
+    live: LiveBytes
     cache: int
 
 
@@ -226,6 +235,7 @@ class MemoryEstimator:
         device: `"cpu"` or `"cuda"`, which need not be there; None is the model's.
         dtype: to use the model in; None is the model's.
         heap_factor: see this module; for calibration.
+        runtime: bytes that a process holds without the model; None is this process's.
 
     Raises:
         ValueError: for another device, or a model on the meta device without `device`.
@@ -233,10 +243,11 @@ class MemoryEstimator:
 
     def __init__(
         self,
-        vae: AutoencoderKLVCVAE,
+        vae: ModelMixin,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         heap_factor: float = HEAP_FACTOR,
+        runtime: int | None = None,
     ):
         if device is None and vae.device.type == "meta":
             raise ValueError("vae is on the meta device: pass device, 'cpu' or 'cuda', where it is to be used")
@@ -244,14 +255,14 @@ class MemoryEstimator:
         self.dtype = vae.dtype if dtype is None else dtype
         self.config, self.heap_factor = vae.config, heap_factor
         self.group, self.ratio = vae.temporal_compression_ratio, vae.spatial_compression_ratio
-        self.runtime = _runtime_bytes(vae, self.device)
+        self.runtime = _runtime_bytes(vae, self.device) if runtime is None else runtime
         self._mode = FakeTensorMode()
         self._vae = self._without_data(vae)
         self._tensors = [*self._vae.parameters(), *self._vae.buffers()]
         self.weights = _storage_bytes(self._tensors)
         self._traced: dict[tuple, _ChunkMemory] = {}
 
-    def _without_data(self, vae: AutoencoderKLVCVAE) -> AutoencoderKLVCVAE:
+    def _without_data(self, vae: ModelMixin) -> ModelMixin:
         # `deepcopy` takes what its memo holds for a tensor, so that no data are copied.
         memo: dict[int, torch.Tensor] = {}
         with self._mode:
@@ -261,6 +272,8 @@ class MemoryEstimator:
                 is_parameter = isinstance(tensor, torch.nn.Parameter)
                 memo[id(tensor)] = torch.nn.Parameter(fake, requires_grad=False) if is_parameter else fake
             traced = remove_hook_from_module(copy.deepcopy(vae, memo), recurse=True).eval()
+            if any(isinstance(module, TemporalConv3d) and any(True for _ in module.buffers()) for module in vae.modules()):
+                traced.fuse_tdc()  # anew: which kernels are fused depends on device and dtype
         traced.disable_tiling()
         traced.disable_slicing()
         return traced
@@ -298,7 +311,7 @@ class MemoryEstimator:
         extent = (height, width) if grid is None else (grid.height * self.ratio, grid.width * self.ratio)
         tiles = self.tiles(height, width, tile)
         lengths = self._chunk_lengths(operation, num_frames, groups_per_chunk)
-        chunk = self._trace(operation, batch_size, *extent, lengths)
+        chunk = self._trace(operation, batch_size, *extent, lengths, groups_per_chunk)
 
         frame = batch_size * height * width * self.dtype.itemsize
         colours = self.config.in_channels if operation == "encode" else self.config.out_channels
@@ -314,7 +327,8 @@ class MemoryEstimator:
             if operation == "decode" and clip_held:
                 video += num_frames * frame * self.config.in_channels
             cache = 0
-        return MemoryEstimate(operation, self.runtime, self.weights, video, cache, chunk.peak)
+        runtime = self.runtime + (FIRST_USE_BYTES if self.device.type == "cpu" else 0)
+        return MemoryEstimate(operation, runtime, self.weights, video, cache, chunk.live.peak(self.heap_factor))
 
     def tiles(self, height: int, width: int, tile: tuple[int, int] | None) -> int:
         """How many tiles a frame has, all in pixels."""
@@ -353,11 +367,14 @@ class MemoryEstimator:
             left -= groups_per_chunk
         return tuple(lengths)
 
-    def _trace(self, operation: str, batch: int, height: int, width: int, lengths: tuple[int, ...]) -> _ChunkMemory:
-        key = (operation, batch, height, width, lengths)
+    def _trace(
+        self, operation: str, batch: int, height: int, width: int, lengths: tuple[int, ...], groups_per_chunk: int
+    ) -> _ChunkMemory:
+        key = (operation, batch, height, width, lengths, groups_per_chunk)
         if key in self._traced:
             return self._traced[key]
-        live = LiveBytes(self._tensors, MAPPED_BYTES if self.device.type == "cpu" else None, self.heap_factor)
+        self._vae.groups_per_chunk = groups_per_chunk
+        live = LiveBytes(self._tensors, MAPPED_BYTES if self.device.type == "cpu" else None)
         encodes, cache = operation == "encode", None
         channels = self.config.in_channels if encodes else self.config.latent_channels
         size = (height, width) if encodes else (height // self.ratio, width // self.ratio)
@@ -370,7 +387,7 @@ class MemoryEstimator:
                     else:
                         step = self._vae.encode_chunk if encodes else self._vae.decode_chunk
                         cache = step(x, cache)[1]
-        self._traced[key] = _ChunkMemory(live.peak, _storage_bytes(tree_leaves(cache)))
+        self._traced[key] = _ChunkMemory(live, _storage_bytes(tree_leaves(cache)))
         return self._traced[key]
 
 
@@ -379,7 +396,7 @@ def _storage_bytes(tensors: Iterable[torch.Tensor | None]) -> int:
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
-def _runtime_bytes(vae: AutoencoderKLVCVAE, device: torch.device) -> int:
+def _runtime_bytes(vae: ModelMixin, device: torch.device) -> int:
     """What the process holds on a device besides this model."""
     resident = _storage_bytes(t for t in [*vae.parameters(), *vae.buffers()] if t.device.type == device.type)
     if device.type == "cpu":
@@ -415,7 +432,7 @@ def candidate_tiles(height: int, width: int, ratio: int) -> list[tuple[int, int]
 
 
 def plan(
-    vae: AutoencoderKLVCVAE,
+    vae: ModelMixin,
     height: int,
     width: int,
     num_frames: int | None = None,
@@ -451,9 +468,13 @@ def plan(
         memory = available_memory(estimator.device)
     budget = parse_memory(memory) if isinstance(memory, str) else memory
     search = _Search(estimator, height, width, num_frames, batch_size, budget, tuple(operations))
+    most = max_groups if num_frames is None else min(max_groups, -(-num_frames // estimator.group))
     best = search.tried(1, None)
+    if num_frames is not None and most > 1 and most * estimator.group >= num_frames:
+        at_once = search.tried(most, None)  # no caches: this may take less than two chunks
+        if at_once.fits:
+            return at_once
     if best.fits:
-        most = max_groups if num_frames is None else min(max_groups, -(-num_frames // estimator.group))
         while best.groups_per_chunk < most:
             longer = search.tried(min(2 * best.groups_per_chunk, most), None)
             if not longer.fits:
@@ -527,30 +548,10 @@ def _too_little(smallest: MemoryPlan) -> str:
     return message + "pass more memory, a smaller size, or dtype=torch.bfloat16"
 
 
-def apply_plan(vae: AutoencoderKLVCVAE, plan: MemoryPlan) -> None:
+def apply_plan(vae: ModelMixin, plan: MemoryPlan) -> None:
     """Set a model's chunk length and tiling as planned."""
     vae.groups_per_chunk = plan.groups_per_chunk
     if plan.tile is None:
         vae.disable_tiling()
     else:
         vae.enable_tiling(tile_sample_min_height=plan.tile[0], tile_sample_min_width=plan.tile[1])
-
-
-def enable_auto_memory(
-    vae: AutoencoderKLVCVAE,
-    height: int,
-    width: int,
-    num_frames: int | None = None,
-    memory: int | str | None = None,
-    *,
-    operations: Sequence[str] = _OPERATIONS,
-    batch_size: int = 1,
-) -> MemoryPlan:
-    """Choose chunk length and tiles for a size of video and set them, for the memory given or free now; see `plan`.
-
-    The choice is made once and for this size, not at every call: what a model computes does not then depend on what else
-    happened to be in memory.
-    """
-    chosen = plan(vae, height, width, num_frames, memory, operations=operations, batch_size=batch_size)
-    apply_plan(vae, chosen)
-    return chosen
