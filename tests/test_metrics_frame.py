@@ -117,6 +117,20 @@ class TestSSIM:
         ours = ssim(reconstruction, source, data_range=UNIT).flatten()
         assert float((ours - padded).abs().max()) > 1e-4
 
+    def test_large_frames_are_not_shrunk(self):
+        """The original script, piq and VidTok halve frames of 384 pixels and more before they measure: another number."""
+        skimage_data, skimage_metrics = pytest.importorskip("skimage.data"), pytest.importorskip("skimage.metrics")
+        source = torch.from_numpy(skimage_data.astronaut()[:400, :400]).permute(2, 0, 1)[None, :, None].float() / 255
+        noise = torch.randn(source.shape, generator=torch.Generator().manual_seed(0))
+        reconstruction = (source + 0.05 * noise).clamp(0, 1)
+        x, y = reconstruction[0, :, 0].double().numpy(), source[0, :, 0].double().numpy()
+        settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1.0}
+        expected = skimage_metrics.structural_similarity(y, x, channel_axis=0, **settings)
+        value = float(ssim(reconstruction, source, data_range=UNIT))
+        assert abs(value - expected) < 1e-5
+        halved = [F.avg_pool2d(video[:, :, 0], 2)[:, :, None] for video in (reconstruction, source)]
+        assert float(ssim(*halved, data_range=UNIT)) - value > 0.1
+
     def test_mean_of_bright_flat_frames_keeps_its_digits(self):
         """A flat frame near 1, where float32 moments about 0 are 4e-6 off the exact value and ours 8e-7."""
         skimage_metrics = pytest.importorskip("skimage.metrics")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import os
 import re
 import shutil
+import signal
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
@@ -242,6 +244,15 @@ def test_strips_hold_the_frames_they_name():
     assert (outlined == figures.ACCENT).all(axis=-1).any()
 
 
+def test_frames_are_enlarged_by_whole_pixels():
+    """128 pixels do not become 192: every second one would be twice as wide."""
+    frames = np.random.default_rng(0).integers(0, 256, (1, 128, 128, 3), dtype=np.uint8)
+    clips = figures.Clips("n", frames, {"m": frames})
+    image = np.asarray(figures.draw_frames(clips, Crop(100, 100, 8), [0]))
+    cell = image[22:, figures.LABEL :][:256, :256]
+    assert np.array_equal(cell[:192, :192], frames[0, :96, :96].repeat(2, axis=0).repeat(2, axis=1))
+
+
 def test_curves_are_drawn():
     entries = [_entry("ours", 36.0), _entry("other", 30.0)]
     image = np.asarray(figures.draw_curves(entries, ["psnr", "ssim"]))
@@ -309,6 +320,17 @@ def test_page_is_whole_and_self_contained(result_file, tmp_path):
     assert "38.97" in (out / "ucf_table.md").read_text()
 
 
+def test_notes_and_warnings_are_said_once(tmp_path):
+    few, own = "FVD over 3 clips is biased", "1 sample could not be used"
+    entries = [_entry("ours", 36.0, warnings=[few, own]), _entry("other", 35.0, warnings=[few])]
+    write_result(tmp_path / "r.json", _result(entries=entries))
+    page = commands.write_report([tmp_path / "r.json"], tmp_path / "report", notes=["Seven clips & no more."]).read_text()
+    assert "<p class=lead>Seven clips &amp; no more.</p>" in page
+    assert page.count(few) == 1
+    assert f"<p class=warning>{few}</p>" in page  # of all models: none is named
+    assert f"<p class=warning>ours: {own}</p>" in page
+
+
 def test_results_of_one_protocol_share_a_table(result_file, tmp_path):
     more = tmp_path / "more.json"
     write_result(more, _result(entries=[_entry("third", 34.0)]))
@@ -352,32 +374,42 @@ PROBE = """<script>addEventListener("load", () => { document.body.dataset.probe 
   document.querySelectorAll("td.best").length].join(" "); });</script>"""
 
 
+def _chromium(browser: str, folder: Path, *arguments: str) -> str:
+    """Run a headless Chromium and return what it prints.
+
+    Into a file: its helpers may outlive it and would hold a pipe open. They are ended with its session.
+    """
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+    flags += ["--disable-component-update", "--disable-sync", "--disable-breakpad", "--hide-scrollbars"]
+    command = [browser, *flags, f"--user-data-dir={folder / 'profile'}", *arguments]
+    printed = folder / "printed.txt"
+    with printed.open("wb") as stream, (folder / "errors.txt").open("wb") as errors:
+        process = subprocess.Popen(
+            command, stdout=stream, stderr=errors, env={**os.environ, "HOME": str(folder)}, start_new_session=True
+        )
+        try:
+            status = process.wait(timeout=300)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert status == 0, (folder / "errors.txt").read_text()
+    return printed.read_text()
+
+
 def test_page_in_a_browser(result_file, tmp_path):
     """Chromium decodes every picture, nothing overflows the window, and the screenshot is not blank."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no chromium on PATH")
     page = commands.write_report([result_file], tmp_path / "report")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-    flags += ["--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}"]
-    environment = {**os.environ, "HOME": str(tmp_path)}
     probed = tmp_path / "probed.html"
     probed.write_text(page.read_text().replace("</body>", f"{PROBE}</body>"))
     for width in (1280, 400):
-        command = [
-            browser,
-            *flags,
-            f"--window-size={width},1500",
-            "--virtual-time-budget=5000",
-            "--dump-dom",
-            probed.as_uri(),
-        ]
-        dumped = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=True)
-        (found,) = re.findall(r'data-probe="([^"]*)"', dumped.stdout)
+        arguments = (f"--window-size={width},1500", "--virtual-time-budget=5000", "--dump-dom", probed.as_uri())
+        (found,) = re.findall(r'data-probe="([^"]*)"', _chromium(browser, tmp_path, *arguments))
         assert found == "4 4 true 8 5"
     shot = tmp_path / "shot.png"
-    command = [browser, *flags, "--window-size=1280,2600", "--hide-scrollbars", f"--screenshot={shot}", page.as_uri()]
-    subprocess.run(command, capture_output=True, timeout=600, env=environment, check=True)
+    _chromium(browser, tmp_path, "--window-size=1280,2600", f"--screenshot={shot}", page.as_uri())
     image = np.asarray(Image.open(shot).convert("RGB"))
     assert image.shape == (2600, 1280, 3)
     assert (image == figures.ACCENT).all(axis=-1).any()  # the outline of the crop, through PNG, base64 and browser

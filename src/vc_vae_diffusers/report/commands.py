@@ -47,10 +47,13 @@ def report(
         str | None, typer.Option(help="LEFT,TOP,SIDE of the zoomed square; else where models differ most.")
     ] = None,
     title: Annotated[str, typer.Option(help="Of the page.")] = "Reconstruction by video autoencoders",
+    note: Annotated[list[str] | None, typer.Option(help="A paragraph at the top of the page, any number of times.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Turn results into the paper's tables and figures, with the paper's own numbers marked as reported."""
-    page = write_report(results, out, paper=paper or [], crop=_parse_crop(crop), title=title, command=_command_line())
+    page = write_report(
+        results, out, paper=paper or [], crop=_parse_crop(crop), title=title, notes=note or [], command=_command_line()
+    )
     files = sorted(path.name for path in out.iterdir())
     emit({"command": "report", "page": str(page), "files": files}, as_json, f"Wrote {page}")
 
@@ -62,6 +65,7 @@ def write_report(
     paper: Sequence[str] = (),
     crop: Crop | None = None,
     title: str = "Reconstruction by video autoencoders",
+    notes: Sequence[str] = (),
     command: str = "",
 ) -> Path:
     """Write page, tables and figures.
@@ -72,6 +76,7 @@ def write_report(
         paper: tables of the paper to show besides those that the protocols name.
         crop: the zoomed square.
         title: of the page.
+        notes: paragraphs at its top.
         command: that made it, to be shown on the page.
 
     Returns:
@@ -86,7 +91,7 @@ def write_report(
     for name, group in _grouped(results).items():
         sections.append(_section(name, group, out, paper, crop))
     today = datetime.now(timezone.utc).date().isoformat()
-    lead = [f"Written {today}" + (f" by: {command}" if command else "")]
+    lead = [*notes, f"Written {today}" + (f" by: {command}" if command else "")]
     write_whole(out / "index.html", render_page(title, lead, sections))
     return out / "index.html"
 
@@ -124,7 +129,6 @@ def _section(name: str, result: Mapping[str, Any], out: Path, paper: Sequence[st
         forms = {".md": table.to_markdown(), ".tex": table.to_latex(), ".csv": table.to_csv()}
         for suffix, text in forms.items():
             write_whole(out / f"{stem}{suffix}", text)
-    warnings = [f"{entry['label']}: {warning}" for entry in models for warning in entry["warnings"]]
     skipped = "\n".join(dict.fromkeys(record["skipped"] for entry in models for record in entry["skipped"]))
     details = [
         ("Protocol", json.dumps(protocol, indent=1)),
@@ -140,9 +144,18 @@ def _section(name: str, result: Mapping[str, Any], out: Path, paper: Sequence[st
         tables=tables,
         curves=_curves(slug, models, out),
         strips=_strips(slug, result, out, crop),
-        warnings=warnings,
+        warnings=_warnings(models),
         details=details,
     )
+
+
+def _warnings(models: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Every warning once, with the models it is about unless it is about all."""
+    about: dict[str, list[str]] = {}
+    for entry in models:
+        for warning in entry["warnings"]:
+            about.setdefault(warning, []).append(entry["label"])
+    return [text if len(labels) == len(models) else f"{', '.join(labels)}: {text}" for text, labels in about.items()]
 
 
 def _summary(protocol: Mapping[str, Any], count: int) -> str:

@@ -217,7 +217,8 @@ def _heat(values: np.ndarray) -> np.ndarray:
 
 
 def _scale(size: tuple[int, int]) -> float:
-    return CELL / max(size)
+    scale = CELL / max(size)
+    return scale if scale < 1 else round(scale)  # pixels of one size when enlarged
 
 
 def _fit(picture: np.ndarray, scale: float) -> Image.Image:
