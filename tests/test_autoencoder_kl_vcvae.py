@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from vc_vae_diffusers.autoencoder_kl_vcvae import AutoencoderKLVCVAE
+from vc_vae_diffusers.blocks import TemporalUpsample
 from vc_vae_diffusers.tdc import GroupCausalConv3d, TemporalConv3d
 
 SCHEMES = [
@@ -191,6 +192,34 @@ def test_an_image_is_encoded_from_one_frame(make_vae, make_video):
     vae.encoder.conv_in.register_forward_pre_hook(lambda layer, args: seen.append(args[0].shape[2]))
     vae.encode(make_video(1))
     assert seen == [1]
+
+
+@pytest.mark.parametrize("tiled", [False, True], ids=["whole", "tiled"])
+@pytest.mark.parametrize("design", DESIGNS, ids=str)
+@pytest.mark.parametrize("ratio", [4, 8])
+def test_an_image_is_decoded_to_one_frame_until_motion_is_trained(make_vae, design, ratio, tiled):
+    vae = make_vae(temporal_downsample=(ratio == 8, True, True), **design).double()
+    upsamplers = [module for module in vae.modules() if isinstance(module, TemporalUpsample)]
+    z, seen = torch.randn(1, 4, 1, 4, 4, dtype=torch.float64), []
+    if tiled:
+        vae.enable_tiling(16, 16, 8, 8)
+    vae.decoder.conv_out.register_forward_pre_hook(lambda layer, args: seen.append(args[0].shape[2]))
+    with torch.no_grad():
+        vae.decode(z)
+        assert set(seen) == {ratio}
+        for upsampler in upsamplers:
+            assert not upsampler.repeats()
+            for parameter in upsampler.conv.parameters():
+                parameter.copy_(parameter.chunk(2)[0].repeat(2, *[1] * (parameter.ndim - 1)))
+            assert upsampler.repeats()
+        seen.clear()
+        frames = vae.decode(z).sample
+        assert set(seen) == {1 if design["temporal_padding"] == "replicate" else ratio}
+        close(frames[:, :, : ratio - 1], vae.decode(z, num_frames=ratio - 1).sample)
+        frames.mul_(1)  # is memory of its own
+    seen.clear()
+    close(frames, vae.decode(z).sample.detach())  # the way of training: every frame, so that each half has its gradient
+    assert set(seen) == {ratio}
 
 
 @torch.no_grad()

@@ -226,6 +226,16 @@ class AutoencoderKLVCVAE(PublishedModelMixin, ModelMixin, AutoencoderMixin, Conf
         """Whether one frame goes through the encoder as the clip that repeats it (Sec. 3.4) would."""
         return self.config.temporal_padding == "replicate"
 
+    def _decodes_keyframes_alone(self) -> bool:
+        """Whether the frames of an only group are equal, and one may stand for all: in a model whose motion is not trained.
+
+        Training tells the halves of the temporal upsampling apart, and a group is then decoded frame by frame.
+        """
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        ups = [block.temporal_upsampler for block in self.decoder.up_blocks if block.temporal_upsampler is not None]
+        return self._static_images and self.config.first_frame == "in_sequence" and all(up.repeats() for up in ups)
+
     @property
     def _front_padded(self) -> bool:
         return self.config.first_frame == "in_sequence" and self.config.frame_convention == "4k+1"
@@ -293,9 +303,9 @@ class AutoencoderKLVCVAE(PublishedModelMixin, ModelMixin, AutoencoderMixin, Conf
             done += size
         return cache
 
-    def _decode_groups(self, z: torch.Tensor, cache: Cache, parts: FrameBuffer) -> Cache:
-        """Decode latent frames, chunk by chunk into `parts`, at one spatial extent."""
-        alone = cache is None and self.config.first_frame == "separate"
+    def _decode_groups(self, z: torch.Tensor, cache: Cache, parts: FrameBuffer, static: bool = False) -> Cache:
+        """Decode latent frames, chunk by chunk into `parts`, at one spatial extent; a `static` one to a single frame."""
+        alone = cache is None and (static or self.config.first_frame == "separate")
         for chunk in z.split(self._chunks(self.decoder, z, z.shape[2], 1, start=cache is None), dim=2):
             if self.post_quant_conv is not None:
                 chunk = per_frame(self.post_quant_conv, chunk)
@@ -332,16 +342,19 @@ class AutoencoderKLVCVAE(PublishedModelMixin, ModelMixin, AutoencoderMixin, Conf
             cache = self._tiled(run, x, cache, parts, ratio, keep_cache)
         return parts.buffer, cache
 
-    def _decode_region(self, z: torch.Tensor, cache: Cache, tiled: bool, keep_cache: bool) -> tuple[torch.Tensor, Cache]:
+    def _decode_region(
+        self, z: torch.Tensor, cache: Cache, tiled: bool, keep_cache: bool, static: bool = False
+    ) -> tuple[torch.Tensor, Cache]:
         cells = z.shape[3:]
-        alone = 1 if cache is None and self.config.first_frame == "separate" else 0
+        alone = 1 if cache is None and (static or self.config.first_frame == "separate") else 0
         total = (z.shape[2] - alone) * self.temporal_compression_ratio + alone
         if not tiled or self.tile_grid.covers(*cells):
             parts = FrameBuffer(total)
-            cache = self._decode_groups(z, cache, parts)
+            cache = self._decode_groups(z, cache, parts, static)
         else:
             parts = BlendedFrameBuffer(total, *cells, scale=self.spatial_compression_ratio)
-            cache = self._tiled(self._decode_groups, z, cache, parts, 1, keep_cache)
+            run = functools.partial(self._decode_groups, static=static)
+            cache = self._tiled(run, z, cache, parts, 1, keep_cache)
         return parts.buffer, cache
 
     # Whole clips -------------------------------------------------------------------------------------------------------
@@ -356,9 +369,13 @@ class AutoencoderKLVCVAE(PublishedModelMixin, ModelMixin, AutoencoderMixin, Conf
     def _decode(self, z: torch.Tensor, num_frames: int | None = None) -> torch.Tensor:
         """Decode latents to frames, all of them or `num_frames`."""
         self._check_video(z, "z", self.config.latent_channels, 1)
-        frames, _ = self._decode_region(z, None, self.use_tiling, keep_cache=False)
+        static = z.shape[2] == 1 and self._decodes_keyframes_alone()
+        frames, _ = self._decode_region(z, None, self.use_tiling, keep_cache=False, static=static)
+        if static:
+            frames = frames.expand(-1, -1, self.temporal_compression_ratio, -1, -1)
         skip, keep = self._kept_frames(frames.shape[2], num_frames)
-        return frames[:, :, skip : skip + keep]
+        frames = frames[:, :, skip : skip + keep]
+        return frames.contiguous(memory_format=torch.channels_last_3d) if static else frames
 
     def _kept_frames(self, total: int, num_frames: int | None) -> tuple[int, int]:
         """How many of `total` decoded frames are dropped at the start, and how many are kept then."""

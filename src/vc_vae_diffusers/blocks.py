@@ -147,6 +147,10 @@ class TemporalUpsample(nn.Module):
             self.conv.weight.flatten(1).copy_(torch.eye(channels, device=self.conv.weight.device).repeat(2, 1))
             self.conv.bias.zero_()
 
+    def repeats(self) -> bool:
+        """Whether both frames are the same one still, as in an inflated model."""
+        return all(torch.equal(*parameter.chunk(2)) for parameter in self.conv.parameters())
+
     def forward(self, x: torch.Tensor, first_frame_alone: bool = False) -> torch.Tensor:
         """Map `(B, C, T, H, W)` to `(B, C, 2T, H, W)`; with `first_frame_alone`, one frame to its later half, one frame."""
         halves = per_frame(self.conv, x).chunk(2, dim=1)
