@@ -36,7 +36,7 @@ from diffusers import (
 from rich.console import Console
 from rich.table import Table
 
-from vc_vae_diffusers.autoencoder_kl_vcvae import AutoencoderKLVCVAE
+from vc_vae_diffusers import AutoencoderKLVCVAE, bundled_model_path
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OPERATIONS = ("encode", "decode")
@@ -44,6 +44,7 @@ OPERATIONS = ("encode", "decode")
 # Far smaller than anything published, with the same code: to see whether a benchmark runs, and to calibrate on many sizes.
 _TINY = {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4}
 _SMALL = {"block_out_channels": (32, 64, 128, 128), "layers_per_block": 2}
+_MEDIUM = {"block_out_channels": (64, 128, 256, 256), "layers_per_block": 2}
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,10 @@ class Model:
         return self.group * groups + self.alone
 
 
+def _bundled() -> AutoencoderKLVCVAE:
+    return AutoencoderKLVCVAE.from_config(AutoencoderKLVCVAE.load_config(str(bundled_model_path())))
+
+
 def _hunyuan_untiled() -> AutoencoderKLHunyuanVideo:
     vae = AutoencoderKLHunyuanVideo()
     vae.use_framewise_encoding = vae.use_framewise_decoding = False
@@ -87,8 +92,16 @@ MODELS: dict[str, Model] = {
     ),
     "vcvae-tiny": Model(lambda: AutoencoderKLVCVAE(**_TINY), 4, 0, f"{_OURS}; a toy size", ours=True),
     "vcvae-small": Model(lambda: AutoencoderKLVCVAE(**_SMALL), 4, 0, f"{_OURS}; a toy size", ours=True),
+    "vcvae-medium": Model(lambda: AutoencoderKLVCVAE(**_MEDIUM), 4, 0, f"{_OURS}; a toy size", ours=True),
+    "vcvae-bundled": Model(_bundled, 4, 0, f"{_OURS}; the bundled model's configuration", ours=True),
     "wan": Model(AutoencoderKLWan, 4, 1, f"Wan 2.1, {_PEER}"),
     "wan-tiny": Model(lambda: AutoencoderKLWan(base_dim=8, z_dim=4, num_res_blocks=1), 4, 1, f"{_PEER}; a toy size"),
+    "wan-small": Model(
+        lambda: AutoencoderKLWan(base_dim=24, dim_mult=[1, 2, 3, 4], num_res_blocks=1),
+        4,
+        1,
+        f"{_PEER}; widths and depth near the bundled model's",
+    ),
     "hunyuanvideo": Model(
         AutoencoderKLHunyuanVideo, 4, 1, f"{_PEER}: clips of more than 16 frames in overlapping, blended tiles of 16 in time"
     ),
@@ -185,10 +198,18 @@ class Worker:
     Args:
         factory: a module-level class; it is called with `arguments` in the new process, and holds what is measured.
         threads: of torch in the new process.
+
+    Attributes:
+        start_method: `"spawn"`, or `"forkserver"`, which imports the libraries once for all workers; of their memory a
+            worker then shows what it uses.
     """
 
+    start_method = "spawn"
+
     def __init__(self, factory: Callable[..., Any], *arguments: Any, threads: int):
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context(self.start_method)
+        if self.start_method == "forkserver":
+            context.set_forkserver_preload([__name__])
         self._connection, other = context.Pipe()
         self._process = context.Process(target=_serve, args=(other, factory, arguments, threads), daemon=True)
         self._process.start()

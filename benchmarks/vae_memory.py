@@ -7,7 +7,7 @@ Beside each measurement of a VC-VAE stands the estimate of `vc_vae_diffusers.mem
 
     python benchmarks/vae_memory.py --frames 16 64 256 1024 --size 64x64 128x128 256x256 --json memory.json
     python benchmarks/vae_memory.py --device cuda --dtype bfloat16 --size 256x256 480x832 720x1280 --models vcvae-4x8x8 wan
-    python benchmarks/vae_memory.py --calibrate        # the one constant of the estimate on CPUs, over a grid of small sizes
+    python benchmarks/vae_memory.py --calibrate   # the two constants of the estimate on CPUs, over a grid of small sizes
 
 All frame counts are measured at the first size, and all sizes at the first frame count.
 """
@@ -24,6 +24,7 @@ from common import (
     DTYPES,
     MODELS,
     OPERATIONS,
+    Worker,
     WorkerError,
     add_common_options,
     clip_for,
@@ -41,7 +42,7 @@ from common import (
     table,
 )
 
-from vc_vae_diffusers.memory_plan import HEAP_FACTOR, MemoryEstimator
+from vc_vae_diffusers.memory_plan import FIRST_USE_BYTES, HEAP_FACTOR, MemoryEstimator
 
 MODES = ("whole", "streamed", "tiled")
 # Frames that come at once in a stream.
@@ -106,8 +107,8 @@ def _drain_stream(vae: Any, name: str, operation: str, frames: int, size: tuple[
 class Estimates:
     """Estimates of VC-VAEs that are never loaded."""
 
-    def __init__(self, device: str, heap_factor: float = HEAP_FACTOR):
-        self.device, self.heap_factor = device, heap_factor
+    def __init__(self, device: str):
+        self.device = device
         self._estimators: dict[tuple[str, str], MemoryEstimator] = {}
 
     def peak(
@@ -121,22 +122,24 @@ class Estimates:
         tile: int,
         dtype: str,
         groups_per_chunk: int,
+        heap_factor: float = HEAP_FACTOR,
     ) -> int:
         """The estimated peak of what `peak_memory` measures, in a process of `imported` bytes."""
         if (name, dtype) not in self._estimators:
             with torch.device("meta"):
                 vae = MODELS[name].build().eval().requires_grad_(False)
             vae.fuse_tdc()
-            estimator = MemoryEstimator(vae, self.device, DTYPES[dtype], self.heap_factor)
-            self._estimators[name, dtype] = estimator
-        estimate = self._estimators[name, dtype].estimate(
+            self._estimators[name, dtype] = MemoryEstimator(vae, self.device, DTYPES[dtype])
+        estimator = self._estimators[name, dtype]
+        estimator.runtime, estimator.heap_factor = imported, heap_factor
+        estimate = estimator.estimate(
             operation,
             *size,
             None if mode == "streamed" else MODELS[name].frames(frames),
             groups_per_chunk=groups_per_chunk,
             tile=(tile, tile) if mode == "tiled" else None,
         )
-        return estimate.total - estimate.runtime + imported
+        return estimate.total
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -165,67 +168,70 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 # Small enough for minutes, and different in what dominates: model, size, length, chunk, dtype.
+# model, mode, frames, size, groups a chunk, dtype
 _GRID = [
-    ("vcvae-small", 16, (128, 128), 1, "float32"),
-    ("vcvae-small", 16, (256, 256), 1, "float32"),
-    ("vcvae-small", 16, (256, 256), 2, "float32"),
-    ("vcvae-small", 48, (192, 320), 1, "float32"),
-    ("vcvae-small", 8, (512, 512), 1, "float32"),
-    ("vcvae-small", 16, (384, 384), 1, "bfloat16"),
-    ("vcvae-small", 8, (512, 512), 2, "bfloat16"),
-    ("vcvae-4x8x8", 8, (64, 64), 1, "float32"),
-    ("vcvae-4x8x8", 8, (128, 128), 1, "float32"),
-    ("vcvae-8x8x8", 16, (128, 128), 1, "bfloat16"),
+    ("vcvae-tiny", "whole", 16, (256, 256), 1, "float32"),
+    ("vcvae-small", "whole", 16, (128, 128), 1, "float32"),
+    ("vcvae-small", "whole", 8, (256, 256), 1, "float32"),
+    ("vcvae-small", "whole", 16, (192, 320), 2, "float32"),
+    ("vcvae-small", "whole", 8, (384, 384), 1, "bfloat16"),
+    ("vcvae-small", "streamed", 32, (192, 192), 1, "float32"),
+    ("vcvae-small", "tiled", 8, (320, 320), 1, "float32"),
+    ("vcvae-medium", "whole", 8, (128, 128), 1, "float32"),
+    ("vcvae-medium", "whole", 8, (160, 160), 1, "bfloat16"),
 ]
+_FACTORS = (1.25, 1.5, 1.625, 1.75, 1.875, 2.0, 2.25)
 
 
 def calibrate(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure a grid once and find the factor with the smallest largest error."""
-    measured = []
-    for (name, frames, size, groups, dtype), operation in itertools.product(_GRID, OPERATIONS):
-        console(f"{name} {operation} {frames} frames {size[0]}x{size[1]}, {groups} groups a chunk, {dtype}")
-        arguments = (name, operation, "whole", frames, size, options.tile)
-        measured.append(
-            (
-                arguments,
-                dtype,
-                groups,
-                run_fresh(peak_memory, *arguments, options.device, dtype, groups, threads=options.threads),
-            )
-        )
-    errors: dict[float, list[float]] = {}
-    for factor in (1.0, 1.1, 1.2, 1.25, 1.3, 1.4, 1.5, 1.75, 2.0):
-        console(f"estimates with heap factor {factor}")
-        estimates = Estimates(options.device, factor)
-        errors[factor] = [
-            estimates.peak(peak["imported"], *arguments, dtype, groups) / peak["peak"] - 1
-            for arguments, dtype, groups, peak in measured
-        ]
-    rows = [{"case": [*map(str, row[:3])], **row[3]} for row in measured]
-    return {"rows": rows, "errors": errors}
+    """Measure a grid, and the estimates' errors for several factors: the one with the smallest largest error is right."""
+    rows, estimates = [], Estimates(options.device)
+    for (name, mode, frames, size, groups, dtype), operation in itertools.product(_GRID, OPERATIONS):
+        arguments = (name, operation, mode, frames, size, options.tile)
+        measured = run_fresh(peak_memory, *arguments, options.device, dtype, groups, threads=options.threads)
+        errors = {
+            factor: estimates.peak(measured["imported"], *arguments, dtype, groups, factor) / measured["peak"] - 1
+            for factor in _FACTORS
+        }
+        case = f"{name} {operation} {mode} {frames} frames {size[0]}x{size[1]}, {groups} groups a chunk, {dtype}"
+        rows.append({"case": case, **measured, "errors": errors})
+        console(f"{case}: {measured['peak'] / 1e9:.3f} GB; {', '.join(f'{k}: {v:+.1%}' for k, v in errors.items())}")
+    return {
+        "first_use": first_use(options),
+        "rows": rows,
+        "errors": {factor: [row["errors"][factor] for row in rows] for factor in _FACTORS},
+    }
+
+
+def first_use(options: argparse.Namespace) -> int:
+    """What a tiny model leaves in a process that used it once, its weights excluded: `FIRST_USE_BYTES`."""
+    arguments = ("vcvae-tiny", "decode", "whole", 4, (32, 32), options.tile, options.device, "float32", 1)
+    measured = run_fresh(peak_memory, *arguments, threads=options.threads)
+    return measured["peak"] - measured["imported"]
 
 
 def calibration_tables(result: dict[str, Any]) -> list:
     summary = table("Error of the estimate over the grid", ["heap factor", "lowest", "highest"])
+    summary.caption = f"first use: {result['first_use'] / 2**20:.0f} MiB (FIRST_USE_BYTES: {FIRST_USE_BYTES / 2**20:.0f})"
     for factor, errors in result["errors"].items():
         summary.add_row(str(factor), f"{min(errors):+.1%}", f"{max(errors):+.1%}")
     cases = table("Cases", ["case", "GB", *map(str, result["errors"])])
     for i, row in enumerate(result["rows"]):
         cells = [f"{errors[i]:+.1%}" for errors in result["errors"].values()]
-        cases.add_row(" ".join(row["case"]), f"{row['peak'] / 1e9:.2f}", *cells)
+        cases.add_row(row["case"], f"{row['peak'] / 1e9:.2f}", *cells)
     return [summary, cases]
 
 
 def tables(rows: list[dict[str, Any]]) -> list:
     made = table(
-        "Peak memory", ["model", "", "mode", "frames", "size", "peak GB", "above the loaded model", "estimate GB", "off"]
+        "Peak memory", ["model", "", "mode", "frames", "size", "peak GB", "above the libraries", "estimate GB", "off"]
     )
     for row in rows:
         cells = [row["model"], row["operation"], row["mode"], str(row["frames"]), "x".join(map(str, row["size"]))]
         if "error" in row:
             made.add_row(*cells, row["error"])
             continue
-        cells += [f"{row['peak'] / 1e9:.3f}", f"{(row['peak'] - row['loaded']) / 1e9:.3f}"]
+        cells += [f"{row['peak'] / 1e9:.3f}", f"{(row['peak'] - row['imported']) / 1e9:.3f}"]
         if "estimate" in row:
             cells += [f"{row['estimate'] / 1e9:.3f}", f"{row['estimate_error']:+.1%}"]
         made.add_row(*cells)
@@ -243,8 +249,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tile", type=int, default=128, help="edge of VC-VAE's tiles in pixels")
     parser.add_argument("--groups-per-chunk", type=int, default=1, help="VC-VAE's groups_per_chunk")
     parser.add_argument("--calibrate", action="store_true", help="calibrate the estimate on this machine instead")
+    parser.add_argument(
+        "--start-method",
+        choices=("spawn", "forkserver"),
+        default="spawn",
+        help="forkserver is faster and counts of the libraries only what is used; compare peaks above the libraries then",
+    )
     add_common_options(parser)
     options = parser.parse_args(arguments)
+    Worker.start_method = options.start_method
     results = {"environment": environment(options.device, options.threads), "options": plain(options)}
     if options.calibrate:
         results["calibration"] = calibrate(options)
