@@ -26,12 +26,13 @@ from diffusers import AutoencoderKL
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
+from vc_vae_diffusers.data import read_list
 from vc_vae_diffusers.files import follow_umask
 
 logger = logging.getLogger("train_image_vae")
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder that holds the clips")
     parser.add_argument("--clips", type=Path, required=True, help="text file with the sections [train] and [holdout]")
@@ -56,19 +57,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="torch.compile (1.3 times faster on the CPU it was tried on)")
     parser.add_argument("--num_threads", type=int, default=None)
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
-
-
-def read_clip_list(path: Path) -> dict[str, list[str]]:
-    """Return the file names under each `[section]` header of the list."""
-    sections: dict[str, list[str]] = {}
-    for line in path.read_text().splitlines():
-        line = line.split("#")[0].strip()
-        if line.startswith("["):
-            names = sections.setdefault(line.strip("[]"), [])
-        elif line:
-            names.append(line)
-    return sections
+    return parser.parse_args(argv)
 
 
 def read_frames(path: Path, stride: int, limit: int | None = None) -> list[torch.Tensor]:
@@ -173,8 +162,8 @@ def save_checkpoint(accelerator: Accelerator, ema: EMAModel, vae: AutoencoderKL,
     os.replace(output / "image_vae.tmp", output / "image_vae")
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
@@ -182,10 +171,10 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
 
-    clips = read_clip_list(args.clips)
-    frames = [f for name in clips["train"] for f in read_frames(args.data / name, args.frame_stride)]
-    held_out = validation_images(args.data, clips["holdout"], args.validation_size)
-    logger.info("%d training frames of %d clips, %d held-out images", len(frames), len(clips["train"]), len(held_out))
+    trained, held_back = (read_list(args.clips, section) for section in ("train", "holdout"))
+    frames = [f for name in trained for f in read_frames(args.data / name, args.frame_stride)]
+    held_out = validation_images(args.data, held_back, args.validation_size)
+    logger.info("%d training frames of %d clips, %d held-out images", len(frames), len(trained), len(held_out))
 
     vae = build_vae(args).to(memory_format=torch.channels_last)
     ema = EMAModel(vae.parameters(), decay=args.ema_decay, use_ema_warmup=False)
@@ -193,6 +182,8 @@ def main() -> None:
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=args.warmup_steps, num_training_steps=args.steps)
     vae, optimizer, schedule = accelerator.prepare(vae, optimizer, schedule)
     start = 0
+    if (args.output / "checkpoint.old").exists() and not (args.output / "checkpoint").exists():
+        os.replace(args.output / "checkpoint.old", args.output / "checkpoint")  # killed between the two renames
     if (args.output / "checkpoint").exists():
         accelerator.load_state(str(args.output / "checkpoint"))
         ema.load_state_dict(torch.load(args.output / "checkpoint" / "ema.pt", weights_only=True))
