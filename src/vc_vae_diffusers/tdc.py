@@ -310,11 +310,13 @@ class GroupCausalConv3d(TemporalConv3d):
         if not self.usable(kernels) or len(kernels) != outputs + 2:
             kernels = winograd.transform_kernel(self.plain_kernel(), outputs)
         biases = [None] * len(kernels) if self.bias is None else winograd.transform_bias(self.bias, outputs)
-        frames = list(x.unflatten(2, (-1, outputs)).unbind(3))  # outputs times (B, C, tiles, H, W)
-        before = shifted(past, frames[-1])
-        after = [] if group == outputs else [self.following(frames[0], frames[-1], group // outputs)]
-        frames = [frame.movedim(1, -1) for frame in (before, *frames, *after)]
-        products = winograd.transform_frames(frames, outputs, self.temporal_padding == "replicate")
+        frames = x.movedim(1, -1).unflatten(1, (-1, outputs)).movedim(2, 0)  # (outputs, B, tiles, H, W, C)
+        before = shifted(past, frames[-1].movedim(-1, 1)).movedim(1, -1)
+        if group != outputs:
+            first, last = (frame.movedim(-1, 1) for frame in (frames[0], frames[-1]))
+            after = self.following(first, last, group // outputs).movedim(1, -1)
+            frames = torch.cat([frames, after[None]])
+        products = winograd.transform_frames(before, frames, outputs, self.temporal_padding == "replicate")
         products = [
             self.convolve_frames(product.movedim(-1, 1), kernel, bias).movedim(1, -1)
             for product, kernel, bias in zip(products, kernels, biases, strict=True)

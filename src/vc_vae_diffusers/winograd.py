@@ -73,18 +73,22 @@ def transform_bias(bias: torch.Tensor, outputs: int) -> torch.Tensor:
     return bias.new_tensor(shares)[:, None] * bias
 
 
-def transform_frames(frames: Sequence[torch.Tensor], outputs: int, replicate: bool) -> Sequence[torch.Tensor]:
+def transform_frames(before: torch.Tensor, frames: torch.Tensor, outputs: int, replicate: bool) -> list[torch.Tensor]:
     """Combine neighbouring frames into the inputs of the `outputs + 2` products.
 
     Args:
-        frames: `outputs + 2` tensors of one shape; or without the last one, which is missing then.
+        before: the frame before the tile, of any shape.
+        frames: the `outputs` frames of the tile and the one after it, `(outputs + 1, ...)`; or without the last one, which
+            is missing then.
         outputs: m of F(m, 3).
         replicate: whether the frame before stands for a missing one; it is zero otherwise.
     """
-    matrix = matrices(outputs)[0]
-    if len(frames) == outputs + 1:
+    (weight, *_), *_ = rows = matrices(outputs)[0]
+    matrix = [row[1:] for row in rows]
+    if len(frames) == outputs:
         matrix = [[*row[:-2], row[-2] + row[-1] if replicate else row[-2]] for row in matrix]
-    return combine(matrix, torch.stack(list(frames))).unbind(0)
+    first, *others = combine(matrix, frames)
+    return [torch.add(first, before, alpha=weight), *others]  # 0 is a point, and so no other product sees the frame before
 
 
 def combine_products(products: Sequence[torch.Tensor], outputs: int) -> torch.Tensor:
