@@ -209,7 +209,7 @@ class Worker:
     def __init__(self, factory: Callable[..., Any], *arguments: Any, threads: int):
         context = multiprocessing.get_context(self.start_method)
         if self.start_method == "forkserver":
-            context.set_forkserver_preload([__name__])
+            context.set_forkserver_preload(["vc_vae_diffusers"])
         self._connection, other = context.Pipe()
         self._process = context.Process(target=_serve, args=(other, factory, arguments, threads), daemon=True)
         self._process.start()

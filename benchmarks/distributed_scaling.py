@@ -2,7 +2,7 @@
 """Time of one video on several processes against one, by tiles and by segments (`vc_vae_diffusers.distributed`).
 
 The groups of processes wait side by side, and one of them at a time works, round after round. Each process has the same
-number of threads (`--threads`), so that n processes are to be n times as fast.
+number of threads (`--threads`), so that n processes are to be n times as fast. The results of all groups are compared.
 
     python benchmarks/distributed_scaling.py --processes 1 2 --threads 1 --size 96x160 --frames 32 --json scaling.json
 """
@@ -16,6 +16,7 @@ import statistics
 import time
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from common import (
@@ -70,18 +71,24 @@ class Member:
     def time(self, operation: str, split: str) -> float:
         """Seconds until this process has the whole result."""
         x = self.inputs[operation]
+        self.result = None
         synchronize(self.device)
         start = time.perf_counter()
         if split == "tiles":
             with distribute_tiles(self.vae), torch.no_grad():
-                run(self.vae, operation, x)
+                self.result = run(self.vae, operation, x)
         else:
             self.vae.use_tiling = False
             work = encode_segments if operation == "encode" else decode_segments
-            work(self.vae, x, self.gop_size)
+            result = work(self.vae, x, self.gop_size)
+            self.result = result.mode() if operation == "encode" else result
             self.vae.use_tiling = True
         synchronize(self.device)
         return time.perf_counter() - start
+
+    def last_result(self) -> np.ndarray:
+        """What the last timed call computed."""
+        return self.result.float().cpu().numpy()
 
 
 class Group:
@@ -112,6 +119,7 @@ class Group:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     groups: dict[int, Group] = {}
     seconds: dict[tuple[int, str, str], list[float]] = {}
+    results: dict[tuple[int, str, str], np.ndarray] = {}
     try:
         for processes in options.processes:
             console(f"starting {processes} processes")
@@ -124,7 +132,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 for split in SPLITS:
                     for processes, group in groups.items():
                         slowest = max(group.all("time", operation, split))
-                        if i > 0:
+                        if i == 0:
+                            results[processes, operation, split] = group.members[-1].call("last_result")
+                        else:
                             seconds.setdefault((processes, operation, split), []).append(slowest)
     finally:
         for group in groups.values():
@@ -135,7 +145,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         pairs = zip(seconds[fewest, operation, split], times, strict=True)
         speedup = statistics.median(base / own for base, own in pairs)
         row = {"split": split, "operation": operation, "processes": processes, "seconds": times, "speedup": speedup}
-        rows.append(row | {"efficiency": speedup * fewest / processes})
+        off = float(np.abs(results[processes, operation, split] - results[fewest, operation, split]).max())
+        rows.append(row | {"efficiency": speedup * fewest / processes, "difference": off})
     return {"tiles": tiles, "rows": rows}
 
 
@@ -156,9 +167,10 @@ def main(arguments: list[str] | None = None) -> None:
     warn_if_busy()
     results = {"environment": environment(options.device, options.threads), "options": plain(options)} | measure(options)
     title = f"{options.size[0]}x{options.size[1]}, {options.frames} frames, {results['tiles']} tiles, {options.dtype}"
-    made = table(title, ["split", "", "processes", "s", "speedup", "efficiency"])
+    made = table(title, ["split", "", "processes", "s", "speedup", "efficiency", "largest difference"])
     for row in sorted(results["rows"], key=lambda row: (row["split"], row["operation"], row["processes"])):
         cells = [f"{statistics.median(row['seconds']):.2f}", f"{row['speedup']:.2f}", f"{row['efficiency']:.0%}"]
+        cells.append(f"{row['difference']:.1g}")
         made.add_row(row["split"], row["operation"], str(row["processes"]), *cells)
     report(results, options.json, [made])
 

@@ -87,7 +87,7 @@ def peak_of_process(case: tuple, connection) -> None:
 def test_estimate_is_within_15_percent_of_the_peak_of_a_process(case):
     config, operation, frames, size, groups, tile, dtype = case
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # the libraries are imported once
+    context.set_forkserver_preload(["vc_vae_diffusers"])  # the libraries are imported once
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=peak_of_process, args=(case, sender))
     process.start()

@@ -1,0 +1,233 @@
+"""The benchmarks run, and their helpers do what they say. No figure of theirs is tested: those depend on the machine."""
+
+import argparse
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from vc_vae_diffusers.autoencoder_kl_vcvae import AutoencoderKLVCVAE
+from vc_vae_diffusers.tdc import TemporalConv3d
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+SCRIPTS = ["distributed_scaling", "precision", "train_step", "vae_memory", "vae_speed"]
+TINY = {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4}
+
+
+@pytest.fixture(autouse=True)
+def benchmarks(monkeypatch) -> None:
+    """The scripts can be imported, and their processes start fast."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(importlib.import_module("common").Worker, "start_method", "forkserver")
+
+
+def load(name: str):
+    return importlib.import_module(name)
+
+
+def results(name: str, folder: Path, *arguments: object) -> dict:
+    """Run a script with one thread and read what it wrote."""
+    path = folder / "made" / "result.json"
+    load(name).main([*map(str, arguments), "--threads", "1", "--json", str(path)])
+    assert [file.name for file in path.parent.iterdir()] == ["result.json"]
+    return json.loads(path.read_text())
+
+
+# ----------------------------------------------------------------------------------------------------------- scripts
+
+
+def test_every_script_is_tested():
+    found = [path.stem for path in sorted(BENCHMARKS.glob("*.py")) if "\ndef main(" in path.read_text()]
+    assert found == SCRIPTS
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help(name, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        load(name).main(["--help"])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert load(name).__doc__.splitlines()[0] in shown
+    assert "--json" in shown
+
+
+def test_a_script_runs_from_the_shell():
+    done = subprocess.run([sys.executable, BENCHMARKS / "precision.py", "--dtype", "int8"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "invalid choice: 'int8'" in done.stderr
+
+
+def test_vae_speed(tmp_path, capsys):
+    arguments = ("--models", "vcvae-tiny", "wan-tiny", "--size", 32, "--frames", 5, "--rounds", 2)
+    made = results("vae_speed", tmp_path, *arguments)
+    (result,) = made["results"]
+    assert {name: model["frames"] for name, model in result["models"].items()} == {"vcvae-tiny": 8, "wan-tiny": 5}
+    for model in result["models"].values():
+        for operation in ("encode", "decode"):
+            figures = model[operation]
+            assert len(figures["seconds"]) == 2
+            assert figures["ms_per_frame"] > 0
+            assert figures["gflop"] > 0
+            assert figures["memory"]["peak"] > figures["memory"]["imported"]
+    assert set(result["ratios"]["decode"]["vcvae-tiny"]) == {"wan-tiny"}
+    assert "ms/frame" in capsys.readouterr().out
+
+
+def test_vae_memory(tmp_path, capsys):
+    arguments = ("--models", "vcvae-tiny", "wan-tiny", "--size", 32, "48x32", "--frames", 8, "--operation", "decode")
+    made = results("vae_memory", tmp_path, *arguments, "--tile", 16, "--start-method", "forkserver")
+    cases = [(row["model"], row["mode"], tuple(row["size"])) for row in made["rows"]]
+    assert cases == [
+        *(("vcvae-tiny", mode, size) for mode in ("whole", "streamed", "tiled") for size in ((32, 32), (48, 32))),
+        *(("wan-tiny", mode, size) for mode in ("whole", "tiled") for size in ((32, 32), (48, 32))),
+    ]
+    for row in made["rows"]:
+        assert row["imported"] < row["peak"]
+        assert ("estimate" in row) == (row["model"] == "vcvae-tiny")
+    assert all(abs(row["estimate_error"]) < 0.15 for row in made["rows"] if "estimate" in row)
+    assert "above the libraries" in capsys.readouterr().out
+
+
+def test_calibration_finds_the_factor(tmp_path, monkeypatch):
+    vae_memory = load("vae_memory")
+    monkeypatch.setattr(vae_memory, "_GRID", [("vcvae-tiny", "whole", 8, (32, 32), 1, "float32")])
+    made = results("vae_memory", tmp_path, "--calibrate", "--start-method", "forkserver")["calibration"]
+    assert 0 < made["first_use"] < 200 * 2**20
+    errors = [made["errors"][str(factor)] for factor in vae_memory._FACTORS]
+    assert all(len(error) == 2 for error in errors)  # to encode and to decode
+    assert errors == sorted(errors)  # a larger factor estimates more
+
+
+def test_train_step(tmp_path):
+    arguments = ("--models", "vcvae-tiny", "--size", 16, "--frames", 4, "--steps", 1, "--rounds", 1)
+    rows = results("train_step", tmp_path, *arguments)["rows"]
+    assert [(row["model"], row["checkpointing"]) for row in rows] == [("vcvae-tiny", False), ("vcvae-tiny", True)]
+    for row in rows:
+        assert row["step_seconds"] > 0
+        assert row["peak_bytes"] > 0
+
+
+def test_distributed_scaling(tmp_path):
+    arguments = (
+        "--model",
+        "vcvae-tiny",
+        "--processes",
+        1,
+        2,
+        "--size",
+        "16x24",
+        "--tile",
+        16,
+        "--frames",
+        16,
+        "--rounds",
+        1,
+    )
+    made = results("distributed_scaling", tmp_path, *arguments)
+    assert made["tiles"] == 2
+    expected = {(s, o, n) for s in ("tiles", "segments") for o in ("encode", "decode") for n in (1, 2)}
+    assert {(row["split"], row["operation"], row["processes"]) for row in made["rows"]} == expected
+    for row in made["rows"]:
+        assert len(row["seconds"]) == 1
+        assert row["difference"] == 0
+        assert row["efficiency"] == pytest.approx(row["speedup"] / row["processes"])
+
+
+def test_precision(tmp_path):
+    rows = results("precision", tmp_path, "--frames", 4, "--size", "16x24", "--cycles", 1, 2, "--dtype", "bfloat16")["rows"]
+    exact, half = rows
+    assert (exact["dtype"], exact["against_float32"], half["dtype"]) == ("float32", None, "bfloat16")
+    assert 40 < half["against_float32"] < 80
+    for row in rows:
+        assert row["cycles"].keys() == {"1", "2"}
+        assert row["cycles"]["1"] > 10
+
+
+def test_precision_takes_real_clips(tmp_path):
+    precision = load("precision")
+    clip = precision.clip_of(None, 3, (16, 40))
+    assert clip.shape == (1, 3, 3, 16, 40)
+    assert clip.std() > 0.1
+    assert not torch.equal(clip[:, :, 0], clip[:, :, 1])
+    assert precision.difference(clip, clip + 0.02) == pytest.approx(40.0, abs=1e-3)  # 10 log10(4 / 4e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------- helpers
+
+
+def test_sizes():
+    common = load("common")
+    assert (common.parse_size("64x96"), common.parse_size("64")) == ((64, 96), (64, 64))
+    for wrong in ("x64", "64x64x3", "wide"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is no size"):
+            common.parse_size(wrong)
+
+
+def test_lengths_that_models_take():
+    models = load("common").MODELS
+    assert [models["vcvae-4x8x8"].frames(n) for n in (1, 4, 15, 16)] == [4, 4, 16, 16]
+    assert [models["wan"].frames(n) for n in (1, 2, 16, 17, 18)] == [1, 5, 17, 17, 21]
+    assert models["mochi"].frames(16) == 19
+
+
+def test_unknown_models_are_refused():
+    with pytest.raises(ValueError, match="model is 'vqgan': choose from vcvae-4x8x8"):
+        load("common").load("vqgan", "cpu", torch.float32)
+
+
+def test_models_are_loaded_for_inference():
+    vae = load("common").load("vcvae-tiny", "cpu", torch.bfloat16)
+    assert not vae.training
+    assert {parameter.dtype for parameter in vae.parameters()} == {torch.bfloat16}
+    assert not any(parameter.requires_grad for parameter in vae.parameters())
+    assert any(True for layer in vae.modules() if isinstance(layer, TemporalConv3d) for _ in layer.buffers())
+
+
+def test_workers_answer_fail_and_die():
+    common = load("common")
+    assert common.run_fresh(os.getpid, threads=1) != os.getpid()
+    assert common.run_fresh(torch.get_num_threads, threads=1) == 1
+    with pytest.raises(common.WorkerError, match="ValueError: invalid literal"):
+        common.run_fresh(int, "seven", threads=1)
+    with pytest.raises(common.WorkerError, match="the process ended with status 3"):
+        common.run_fresh(os._exit, 3, threads=1)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux resets a process's peak")
+def test_peaks_are_of_what_came_after_the_reset():
+    common = load("common")
+    held = torch.ones(80 * 2**18)  # 80 MiB
+    common.reset_peak("cpu")
+    assert common.memory_bytes("cpu", peak=True) < common.memory_bytes("cpu") + 2**20
+    before = common.memory_bytes("cpu")
+    more = torch.ones(80 * 2**18)
+    del more, held
+    assert common.memory_bytes("cpu", peak=True) - before > 75 * 2**20
+    assert common.memory_bytes("cpu") < before
+
+
+def test_limit_counts_the_convolutions_of_a_definition():
+    limit = load("convolution_limit")
+    torch.manual_seed(0)
+    vae = AutoencoderKLVCVAE(**TINY).eval().requires_grad_(False)
+    x = torch.zeros(1, 3, 8, 16, 16)
+    for layer in vae.modules():
+        if isinstance(layer, TemporalConv3d):
+            layer.evaluation = "direct"
+    # A network that evaluates its layers directly makes these convolutions, and attention beside them.
+    recorded = sum(call.flops for call in limit.record_convolutions(vae, "encode", x))
+    direct = limit.direct_convolutions(vae, "encode", x)
+    assert sum(call.flops for call in direct) == pytest.approx(recorded, rel=1e-6)
+    call = direct[0]
+    with FlopCounterMode(display=False) as counter:
+        call.run(torch.zeros(call.input_shape))
+    assert counter.get_total_flops() == call.flops
+    limit.ConvolutionLimit(direct).run()
+    with pytest.raises(ValueError, match="x has 6 frames, not whole groups of 4"):
+        limit.direct_convolutions(vae, "encode", x[:, :, :6])
