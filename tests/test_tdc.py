@@ -475,6 +475,18 @@ def test_apply_and_remove_on_our_own_operators():
     torch.testing.assert_close(model["b"][0].weight, original["b"][0].weight, **EXACT)
 
 
+def test_a_layer_with_two_names_stays_one():
+    ours, foreign = build(GroupCausalConv3d, group_size=4), nn.Conv3d(3, 3, 3, padding=1).double()
+    model = nn.ModuleDict({"a": ours, "b": nn.Sequential(ours), "c": foreign, "d": nn.Sequential(foreign)})
+    x = clip(4)
+    expected = ours(x)[0], foreign(x)
+    for convert in (lambda: apply_tdc(model, "group"), lambda: remove_tdc(model)):
+        convert()
+        assert model["a"] is model["b"][0] is not ours
+        assert model["c"] is model["d"][0] is foreign
+        assert_all_close((model["a"](x)[0], model["c"](x)), expected)
+
+
 def test_apply_tdc_refuses_what_it_cannot_do():
     with pytest.raises(ValueError, match=r"causality is 'both'.*'causal' or 'group'"):
         apply_tdc(nn.Conv3d(3, 4, 3), causality="both")

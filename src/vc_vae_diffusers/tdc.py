@@ -525,10 +525,11 @@ def apply_tdc(module: nn.Module, causality: str = "causal") -> list[str]:
     """
     if causality not in ("causal", "group"):
         raise ValueError(f"causality is {causality!r}: pass 'causal' or 'group'")
-    converted = []
-    for name, layer in list(module.named_modules()):
+    converted, twins = [], {}
+    for name, layer in list(module.named_modules(remove_duplicate=False)):
         if type(layer) in _TDC_OF:
-            _replace(module, name, to_tdc(layer))
+            twins[layer] = twins.get(layer) or to_tdc(layer)  # a layer with two names stays one
+            _replace(module, name, twins[layer])
         elif isinstance(layer, nn.Conv3d) and not isinstance(layer, TemporalConv3d) and layer.kernel_size[0] > 1:
             if parametrize.is_parametrized(layer, "weight"):
                 continue
@@ -549,10 +550,11 @@ def remove_tdc(module: nn.Module) -> list[str]:
     Returns:
         The names of the converted layers.
     """
-    converted = []
-    for name, layer in list(module.named_modules()):
+    converted, twins = [], {}
+    for name, layer in list(module.named_modules(remove_duplicate=False)):
         if type(layer) in _CONV_OF:
-            _replace(module, name, to_conv(layer))
+            twins[layer] = twins.get(layer) or to_conv(layer)
+            _replace(module, name, twins[layer])
         elif isinstance(layer, nn.Conv3d) and parametrize.is_parametrized(layer, "weight"):
             if not any(isinstance(p, TDCParametrization) for p in layer.parametrizations.weight):
                 continue
