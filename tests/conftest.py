@@ -18,7 +18,7 @@ TINY = {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "norm_num_g
 def make_vae() -> Callable[..., AutoencoderKLVCVAE]:
     """A factory of tiny models: `make_vae(**config)`. All weights are random, also those that start as an identity.
 
-    Slices of differences, zero in a new model, are smaller than the anchor's, as they are after training: random ones as large
+    Slices of differences, zero in a new model, are smaller than the anchor's, as after training: random ones as large
     make every layer amplify what differs between neighbouring frames threefold, rounding errors in static clips included.
     """
 
