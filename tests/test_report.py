@@ -368,6 +368,11 @@ def test_command(result_file, tmp_path):
     assert CliRunner().invoke(app, [str(result_file), "--crop", "1,2"]).exit_code == 2
 
 
+def test_the_command_on_the_page_has_its_notes_shortened(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/x/bin/vcvae", "report", "a b.json", "--note", "long", "--out", "r", "--note", "text"])
+    assert commands._command_line() == "vcvae report 'a b.json' --note '…' --out r --note '…'"
+
+
 PROBE = """<script>addEventListener("load", () => { document.body.dataset.probe = [
   [...document.images].filter(i => i.complete && i.naturalWidth > 0).length, document.images.length,
   document.documentElement.scrollWidth <= innerWidth, document.querySelectorAll("tr.reported").length,

@@ -230,4 +230,6 @@ def _parse_crop(text: str | None) -> Crop | None:
 
 
 def _command_line() -> str:
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """The command, with the notes shortened: the page has them in full."""
+    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    return shlex.join("…" if before == "--note" else word for before, word in zip(["", *words], words, strict=False))
