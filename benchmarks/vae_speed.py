@@ -54,13 +54,16 @@ FORMATS = ("contiguous", "channels_last")
 class Bench:
     """One model in a worker process, with the inputs and the convolutions of the size at hand."""
 
-    def __init__(self, name: str, device: str, dtype: str, groups_per_chunk: int, compiled: bool):
+    def __init__(
+        self, name: str, device: str, dtype: str, groups_per_chunk: int, compiled: bool, formats: tuple[str, ...] = FORMATS
+    ):
         torch.backends.cudnn.benchmark = True
         self.name, self.device, self.dtype = name, device, DTYPES[dtype]
         self.vae = load(name, device, self.dtype)
         self.compiled = compiled
         if MODELS[name].ours:
             self.vae.groups_per_chunk = groups_per_chunk
+        self.formats = formats
         self.format = "model's own" if MODELS[name].ours else FORMATS[0]
         self.inputs: dict[str, torch.Tensor] = {}
         self.limits: dict[str, ConvolutionLimit] = {}
@@ -109,7 +112,7 @@ class Bench:
 
     def _choose_format(self) -> None:
         seconds = {}
-        for name in FORMATS:
+        for name in self.formats:
             self._set_format(name)
             self.time("decode")
             seconds[name] = sum(min(self.time(operation) for _ in range(2)) for operation in OPERATIONS)
@@ -269,6 +272,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--frames", nargs="+", type=int, default=[16], help="frames of a clip, several")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--groups-per-chunk", type=int, default=1, help="VC-VAE's groups_per_chunk")
+    parser.add_argument(
+        "--peer-format",
+        choices=["fastest", *FORMATS],
+        default="fastest",
+        help="memory format of the peers; contiguous is how diffusers loads them",
+    )
     parser.add_argument("--compile", action="store_true", help="compile encoder and decoder of all models")
     parser.add_argument("--no-limits", dest="limits", action="store_false", help="leave the convolutions alone out")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave peak memory out")
@@ -285,7 +294,8 @@ def main(arguments: list[str] | None = None) -> None:
         try:
             for name in options.models:
                 console(f"{dtype}: building {name}")
-                arguments = (name, options.device, dtype, options.groups_per_chunk, options.compile)
+                formats = FORMATS if options.peer_format == "fastest" else (options.peer_format,)
+                arguments = (name, options.device, dtype, options.groups_per_chunk, options.compile, formats)
                 workers[name] = Worker(Bench, *arguments, threads=options.threads)
             for size in options.size:
                 for frames in options.frames:
