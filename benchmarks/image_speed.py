@@ -92,14 +92,14 @@ def measure(device: str, dtype: str, height: int, width: int, rounds: int, train
     return result
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", nargs="+", choices=sorted(DTYPES), default=["float32"])
     parser.add_argument("--size", type=parse_size, default=(256, 256), help="HEIGHTxWIDTH")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--trained", action="store_true", help="measure a model whose frames of a group differ")
     add_common_options(parser)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     warn_if_busy()
     runs = {dtype: measure(options.device, dtype, *options.size, options.rounds, options.trained) for dtype in options.dtype}

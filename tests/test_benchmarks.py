@@ -16,7 +16,7 @@ from vc_vae_diffusers.autoencoder_kl_vcvae import AutoencoderKLVCVAE
 from vc_vae_diffusers.tdc import TemporalConv3d
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-SCRIPTS = ["distributed_scaling", "precision", "train_step", "vae_memory", "vae_speed"]
+SCRIPTS = ["distributed_scaling", "image_speed", "precision", "train_step", "vae_memory", "vae_speed"]
 TINY = {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4}
 
 
@@ -77,6 +77,16 @@ def test_vae_speed(tmp_path, capsys):
             assert figures["memory"]["peak"] > figures["memory"]["imported"]
     assert set(result["ratios"]["decode"]["vcvae-tiny"]) == {"wan-tiny"}
     assert "ms/frame" in capsys.readouterr().out
+
+
+def test_image_speed(tmp_path, monkeypatch):
+    image_speed = load("image_speed")
+    small = {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4}
+    monkeypatch.setattr(image_speed, "FLUX", {**image_speed.FLUX, **small})
+    (runs,) = results("image_speed", tmp_path, "--size", "16x24", "--rounds", 1, "--trained")["runs"].values()
+    assert list(runs) == ["encode", "decode"]
+    for times in runs.values():
+        assert all(times[name] > 0 for name in (*image_speed.MODELS, "ratio"))
 
 
 def test_vae_memory(tmp_path, capsys):
