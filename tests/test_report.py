@@ -360,10 +360,13 @@ def test_command(result_file, tmp_path):
     app = typer.Typer()
     app.command()(commands.report)
     arguments = [str(result_file), "--out", str(tmp_path / "r"), "--paper", "table9/256", "--crop", "4,4,16"]
+    arguments += ["--strip-frames", "2"]
     ran = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert ran.exit_code == 0
     page = (tmp_path / "r" / "index.html").read_text()
     assert "16 pixels square at (4, 4), as given" in page
+    (crops,) = (tmp_path / "r").glob("*_crops.png")
+    assert Image.open(crops).width == figures.LABEL + 2 * (figures.CELL + figures.GAP)
     assert "Table 9, ImageNet validation at 256x256" in page
     assert CliRunner().invoke(app, [str(result_file), "--crop", "1,2"]).exit_code == 2
 

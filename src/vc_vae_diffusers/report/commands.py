@@ -46,13 +46,21 @@ def report(
     crop: Annotated[
         str | None, typer.Option(help="LEFT,TOP,SIDE of the zoomed square; else where models differ most.")
     ] = None,
+    strip_frames: Annotated[int, typer.Option(min=1, help="Frames in a strip.")] = 4,
     title: Annotated[str, typer.Option(help="Of the page.")] = "Reconstruction by video autoencoders",
     note: Annotated[list[str] | None, typer.Option(help="A paragraph at the top of the page, any number of times.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Turn results into the paper's tables and figures, with the paper's own numbers marked as reported."""
     page = write_report(
-        results, out, paper=paper or [], crop=_parse_crop(crop), title=title, notes=note or [], command=_command_line()
+        results,
+        out,
+        paper=paper or [],
+        crop=_parse_crop(crop),
+        strip_frames=strip_frames,
+        title=title,
+        notes=note or [],
+        command=_command_line(),
     )
     files = sorted(path.name for path in out.iterdir())
     emit({"command": "report", "page": str(page), "files": files}, as_json, f"Wrote {page}")
@@ -64,6 +72,7 @@ def write_report(
     *,
     paper: Sequence[str] = (),
     crop: Crop | None = None,
+    strip_frames: int = 4,
     title: str = "Reconstruction by video autoencoders",
     notes: Sequence[str] = (),
     command: str = "",
@@ -75,6 +84,7 @@ def write_report(
         out: the folder, created if missing.
         paper: tables of the paper to show besides those that the protocols name.
         crop: the zoomed square.
+        strip_frames: frames in a strip.
         title: of the page.
         notes: paragraphs at its top.
         command: that made it, to be shown on the page.
@@ -89,7 +99,7 @@ def write_report(
     out.mkdir(parents=True, exist_ok=True)
     sections = []
     for name, group in _grouped(results).items():
-        sections.append(_section(name, group, out, paper, crop))
+        sections.append(_section(name, group, out, paper, crop, strip_frames))
     today = datetime.now(timezone.utc).date().isoformat()
     lead = [*notes, f"Written {today}" + (f" by: {command}" if command else "")]
     write_whole(out / "index.html", render_page(title, lead, sections))
@@ -121,7 +131,9 @@ def _grouped(results: Sequence[str | os.PathLike]) -> dict[str, dict[str, Any]]:
     return groups
 
 
-def _section(name: str, result: Mapping[str, Any], out: Path, paper: Sequence[str], crop: Crop | None) -> Section:
+def _section(
+    name: str, result: Mapping[str, Any], out: Path, paper: Sequence[str], crop: Crop | None, strip_frames: int
+) -> Section:
     slug, models, protocol = file_name(name), result["models"], result["protocol"]
     tables = tables_of(result, name, paper)
     for number, table in enumerate(tables):
@@ -143,7 +155,7 @@ def _section(name: str, result: Mapping[str, Any], out: Path, paper: Sequence[st
         summary=_summary(protocol, result["samples"]["count"]),
         tables=tables,
         curves=_curves(slug, models, out),
-        strips=_strips(slug, result, out, crop),
+        strips=_strips(slug, result, out, crop, strip_frames),
         warnings=_warnings(models),
         details=details,
     )
@@ -189,7 +201,9 @@ def _curves(slug: str, models: Sequence[Mapping[str, Any]], out: Path) -> list[P
     return result
 
 
-def _strips(slug: str, result: Mapping[str, Any], out: Path, crop: Crop | None) -> dict[str, list[Picture]]:
+def _strips(
+    slug: str, result: Mapping[str, Any], out: Path, crop: Crop | None, strip_frames: int
+) -> dict[str, list[Picture]]:
     strips: dict[str, list[Picture]] = {}
     kept = [entry for entry in result["models"] if entry["frames_folder"] is not None]
     first = 1 if result["protocol"]["without_first_frame"] else 0
@@ -201,7 +215,7 @@ def _strips(slug: str, result: Mapping[str, Any], out: Path, crop: Crop | None) 
         source = next(iter(folders.values())) / SOURCE
         clips = load_clips(sample, source, {label: folder / file_name(label) for label, folder in folders.items()}, first)
         square = choose_crop(clips) if crop is None else crop
-        frames = pick_frames(len(clips.source))
+        frames = pick_frames(len(clips.source), strip_frames)
         chosen = "where the models differ most" if crop is None else "as given"
         where = f"{square.side} pixels square at ({square.left}, {square.top}), {chosen}"
         drawn = [
