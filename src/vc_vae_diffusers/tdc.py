@@ -71,8 +71,9 @@ def interleave(parts: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def per_frame(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Apply a 2-D module to every frame of `(B, C, T, H, W)`: time folds into the batch (free in `channels_last_3d`)."""
-    y = module(x.transpose(1, 2).flatten(0, 1))
-    return y.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+    # Folded with the channels last, an only frame keeps the strides by which PyTorch knows `channels_last`.
+    y = module(x.movedim(1, -1).flatten(0, 1).movedim(-1, 1))
+    return y.movedim(1, -1).unflatten(0, (x.shape[0], x.shape[2])).movedim(-1, 1)
 
 
 class TemporalConv3d(nn.Conv3d):
