@@ -36,7 +36,7 @@ from transformers import HfArgumentParser
 from vc_vae_diffusers import data as vdata
 from vc_vae_diffusers import latent_cache, training
 from vc_vae_diffusers.autoencoder_kl_vcvae import AutoencoderKLVCVAE
-from vc_vae_diffusers.diffusion_losses import DiffusionLoss, diffusion_schedule, learned_range_loss
+from vc_vae_diffusers.diffusion_losses import DiffusionLoss, diffusion_schedule, learned_range_loss, min_snr_weight
 from vc_vae_diffusers.latte_transformer import LatteAdaLNTransformer3DModel, latte_size_config
 from vc_vae_diffusers.pipeline_latte import LatteVCVAEUnconditionalPipeline, normalize_latents
 from vc_vae_diffusers.video import VideoWriter
@@ -94,6 +94,7 @@ class OptimConfig:
     clip_after: int = 20_000  # steps before gradients are clipped
     ema_decay: float = 0.9999
     num_train_timesteps: int = 1000
+    min_snr_gamma: float = 0.0  # weigh the noise's error by min(SNR, gamma) / SNR; 0: all alike, as Latte
 
 
 @dataclass
@@ -339,7 +340,9 @@ class Trainer:
         latents = normalize_latents(self.vae, latents)
         noisy = self.noise_scheduler.add_noise(latents, noise, timesteps)
         output = self.model(noisy, timesteps, class_labels=self.labels(batch), return_dict=False)[0]
-        return learned_range_loss(output, latents, noise, timesteps, self.schedule)
+        gamma = self.config.optim.min_snr_gamma
+        weight = min_snr_weight(timesteps, self.schedule, gamma) if gamma > 0 else None
+        return learned_range_loss(output, latents, noise, timesteps, self.schedule, weight)
 
     @torch.no_grad()
     def posteriors(self, batch: dict) -> torch.Tensor:

@@ -13,6 +13,7 @@ from vc_vae_diffusers.diffusion_losses import (
     gaussian_kl,
     learned_range_log_variance,
     learned_range_loss,
+    min_snr_weight,
     variational_bound,
 )
 
@@ -162,3 +163,20 @@ def test_wrong_channels_and_schedulers_are_refused(schedule):
         diffusion_schedule(DDPMScheduler())
     with pytest.raises(ValueError, match="'epsilon'"):
         diffusion_schedule(DDPMScheduler(variance_type="learned_range", prediction_type="v_prediction"))
+
+
+def test_weights_by_signal_to_noise_touch_the_noise_term_alone(scheduler, schedule):
+    ratio = scheduler.alphas_cumprod[TIMESTEPS] / (1 - scheduler.alphas_cumprod[TIMESTEPS])
+    expected = ratio.clamp(max=5) / ratio
+    assert expected[0] < 1e-3
+    assert expected[3:].tolist() == [1, 1]
+    weight = min_snr_weight(TIMESTEPS, schedule, 5.0)
+    torch.testing.assert_close(weight, expected, rtol=1e-3, atol=0)
+
+    output, latents, noise = torch.cat([random(1), random(2)], dim=1), random(3), random(4)
+    plain = learned_range_loss(output, latents, noise, TIMESTEPS, schedule)
+    weighted = learned_range_loss(output, latents, noise, TIMESTEPS, schedule, weight)
+    assert (weighted.mse, weighted.vlb) == (plain.mse, plain.vlb)
+    errors = (output[:, :3] - noise).square().mean(dim=(1, 2, 3, 4))
+    torch.testing.assert_close(weighted.loss - weighted.vlb, (weight * errors).mean(), rtol=1e-4, atol=0)
+    assert plain.loss - weighted.loss > 0.5

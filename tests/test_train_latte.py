@@ -304,6 +304,21 @@ def test_the_loss_is_of_noised_normalised_posterior_samples(folder, tmp_path):
     torch.testing.assert_close(torch.stack(actual), torch.stack(expected), rtol=1e-4, atol=0)
 
 
+def test_the_weighting_by_signal_to_noise_reaches_the_loss(folder, tmp_path):
+    plain, weighted = (trainer(folder, tmp_path, batch_size=8, min_snr_gamma=gamma) for gamma in (0.0, 1.0))
+    (batch,) = next(plain.steps())
+    one, other = plain.loss(batch), weighted.loss(batch)
+    assert one.mse == other.mse
+    timesteps = train_latte.draw(batch["posterior"], batch["noise_seeds"], 1000)[1]
+    bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)[timesteps]
+    weight = ((1 - bar) / bar).clamp(max=1).float()
+    assert weight.min() < 0.9
+    with torch.no_grad():  # the untrained model predicts zero noise
+        noise = train_latte.draw(batch["posterior"], batch["noise_seeds"], 1000)[2]
+    expected = (weight * noise.square().mean(dim=(1, 2, 3, 4))).mean()
+    torch.testing.assert_close(other.loss - other.vlb, expected, rtol=1e-4, atol=0)
+
+
 def test_draws_depend_on_the_seed_of_the_clip_alone():
     posteriors = torch.randn(3, 8, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     latents, timesteps, noise = train_latte.draw(posteriors, [5, 6, 7], 1000)

@@ -1,0 +1,77 @@
+"""Figures of examples/train_tiny_latte.sh: FVD and loss over the steps, and frames of the samples.
+
+python examples/plot_tiny_latte.py --run runs/latte_tiny --output docs/images
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from vc_vae_diffusers.evaluation.results import read_result
+from vc_vae_diffusers.video import read_clip, to_uint8
+
+NAMES = {"heldout": "held-out part of the videos", "others": "other videos"}
+FLOOR = "training clips"
+
+
+def fvd_of(path: Path) -> dict[str, float]:
+    """FVD by label: steps, and the training clips."""
+    return {entry["label"]: entry["metrics"]["fvd"]["value"] for entry in read_result(path)["models"]}
+
+
+def plot(run: Path, path: Path) -> None:
+    """FVD against each set of real clips, with that of the training clips as a dashed line; the losses beside it."""
+    figure = Figure(figsize=(9.5, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for (part, name), colour in zip(NAMES.items(), ("tab:blue", "tab:orange"), strict=True):
+        values = fvd_of(run / f"fvd-{part}.json")
+        floor = values.pop(FLOOR)
+        steps = sorted(values, key=int)
+        left.plot([int(step) for step in steps], [values[step] for step in steps], "o-", color=colour, label=name)
+        left.axhline(floor, color=colour, linestyle="--", linewidth=1, label=f"training clips to {name}")
+    left.set(xlabel="training step", ylabel="FVD of 96 samples (lower is better)", ylim=(0, None))
+    left.legend(fontsize=7)
+    rows = [json.loads(line) for line in (run / "run" / "log.jsonl").read_text().splitlines()]
+    right.plot([row["step"] for row in rows], [row["mse"] for row in rows], color="tab:green", linewidth=1)
+    right.set(xlabel="training step", ylabel="mean squared error of the noise", yscale="log")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def frames_of(path: Path, number: int) -> list[np.ndarray]:
+    """Evenly spaced frames of a video, (H, W, 3) uint8."""
+    video = to_uint8(read_clip(path)).permute(1, 2, 3, 0).numpy()
+    return [video[round(index * (len(video) - 1) / max(number - 1, 1))] for index in range(number)]
+
+
+def sheet(samples: Path, path: Path, growing: int = 3, final: int = 7) -> None:
+    """Two sheets in one: the same samples at each checkpoint (one frame each), then frames of samples of the last one."""
+    steps = sorted((folder for folder in samples.iterdir()), key=lambda folder: int(folder.name))
+    columns = len(steps)
+    tiles = [[frames_of(step / f"sample-{row:05d}.mkv", 1)[0] for step in steps] for row in range(growing)]
+    tiles += [frames_of(steps[-1] / f"sample-{row:05d}.mkv", columns) for row in range(growing, growing + final)]
+    blocks = [np.concatenate(row, axis=1) for row in tiles]
+    gap = np.full((8, blocks[0].shape[1], 3), 255, dtype=np.uint8)
+    image = Image.fromarray(np.concatenate([*blocks[:growing], gap, *blocks[growing:]], axis=0))
+    image.quantize(256).save(path, optimize=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="folder that train_tiny_latte.sh filled")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the two PNGs")
+    arguments = parser.parse_args(argv)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    plot(arguments.run, arguments.output / "latte_tiny_fvd.png")
+    sheet(arguments.run / "samples", arguments.output / "latte_tiny_samples.png")
+
+
+if __name__ == "__main__":
+    main()
