@@ -1,5 +1,7 @@
 """torch.compile: one graph without breaks, and no recompilation as a stream goes on."""
 
+import shutil
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -58,3 +60,15 @@ def test_compiled_decode_trains(make_vae):
     for actual, value in zip(run(), expected, strict=True):
         torch.testing.assert_close(actual, value, rtol=1e-4, atol=1e-4 * value.abs().max().item())
     assert counter.frame_count == 1
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="inductor needs a C++ compiler")
+def test_inductor_compiles_a_stream(make_vae):
+    """The default backend, with generated code; the tests above check graphs only."""
+    vae = small_vae(make_vae, mid_block_add_attention=False)
+    compiled, cache, other_cache = torch.compile(vae.decode_chunk, fullgraph=True), None, None
+    for latents in torch.randn(1, 4, 3, 8, 12, generator=torch.Generator().manual_seed(0)).split(1, dim=2):
+        expected, cache = vae.decode_chunk(latents, cache)
+        actual, other_cache = compiled(latents, other_cache)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
