@@ -60,7 +60,8 @@ def draw_curves(entries: Sequence[Mapping[str, Any]], metrics: Sequence[str], fr
     for axis in axes[len(metrics) :]:
         axis.set_visible(False)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)), frameon=False)
+    # Two labels fit above a panel.
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(2 * columns, len(labels)), frameon=False)
     stream = io.BytesIO()
     figure.savefig(stream, format="png")
     stream.seek(0)
