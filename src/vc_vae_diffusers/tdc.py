@@ -267,7 +267,7 @@ class GroupCausalConv3d(TemporalConv3d):
         else:
             past = self.missing_past(x) if cache is None else cache
             y = self.convolve_groups(x, past, group)
-        return y, x[:, :, -1:].clone()
+        return y, x[:, :, -1:].clone(memory_format=torch.channels_last_3d)
 
     def convolve_groups(self, x: torch.Tensor, past: torch.Tensor, group: int) -> torch.Tensor:
         """Convolve whole groups; `past` is the frame before the first one."""
@@ -379,7 +379,7 @@ class CausalConv3d(TemporalConv3d):
         extended = torch.cat([past, x], dim=2)
         static = x.shape[2] == 1 and cache is None
         y = self.convolve_static(x) if static else self.convolve(extended)
-        return y, extended[:, :, -2:].clone()
+        return y, extended[:, :, -2:].clone(memory_format=torch.channels_last_3d)
 
 
 class CausalTDC(CausalConv3d):
