@@ -10,11 +10,12 @@ import json
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
 from vc_vae_diffusers.evaluation.results import read_result
-from vc_vae_diffusers.video import read_clip, to_uint8
+from vc_vae_diffusers.video import VideoReader, to_uint8
 
 NAMES = {"heldout": "held-out part of the videos", "others": "other videos"}
 FLOOR = "training clips"
@@ -47,7 +48,8 @@ def plot(run: Path, path: Path) -> None:
 
 def frames_of(path: Path, number: int) -> list[np.ndarray]:
     """Evenly spaced frames of a video, (H, W, 3) uint8."""
-    video = to_uint8(read_clip(path)).permute(1, 2, 3, 0).numpy()
+    with VideoReader(path) as reader:
+        video = to_uint8(torch.cat(list(reader), dim=1)).permute(1, 2, 3, 0).numpy()
     return [video[round(index * (len(video) - 1) / max(number - 1, 1))] for index in range(number)]
 
 
@@ -56,7 +58,8 @@ def sheet(samples: Path, path: Path, growing: int = 3, final: int = 7) -> None:
     steps = sorted((folder for folder in samples.iterdir()), key=lambda folder: int(folder.name))
     columns = len(steps)
     tiles = [[frames_of(step / f"sample-{row:05d}.mkv", 1)[0] for step in steps] for row in range(growing)]
-    tiles += [frames_of(steps[-1] / f"sample-{row:05d}.mkv", columns) for row in range(growing, growing + final)]
+    others = sorted(steps[-1].glob("*.mkv"))[growing : growing + final]
+    tiles += [frames_of(sample, columns) for sample in others]
     blocks = [np.concatenate(row, axis=1) for row in tiles]
     gap = np.full((8, blocks[0].shape[1], 3), 255, dtype=np.uint8)
     image = Image.fromarray(np.concatenate([*blocks[:growing], gap, *blocks[growing:]], axis=0))

@@ -13,18 +13,23 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 import yaml
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import MEAN, STD, tiny_vae
+from typer.testing import CliRunner
 
 from vc_vae_diffusers import latent_cache
 from vc_vae_diffusers.data import ClipRequest, DataError, ReadHealth
 from vc_vae_diffusers.diffusion_losses import learned_range_loss
+from vc_vae_diffusers.evaluation import commands, networks
+from vc_vae_diffusers.metrics import fvd as fvd_module
+from vc_vae_diffusers.metrics.i3d import I3D
 from vc_vae_diffusers.pipeline_latte import LatteVCVAEUnconditionalPipeline
 from vc_vae_diffusers.training import NonFiniteError
-from vc_vae_diffusers.video import VideoWriter, read_clip
+from vc_vae_diffusers.video import VideoReader, VideoWriter, read_clip
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TINY = '{"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8}'
@@ -40,6 +45,7 @@ def load_example(name: str):
 
 
 train_latte, sample_latte = load_example("train_latte"), load_example("sample_latte")
+cut_clips, plot_tiny_latte = load_example("cut_clips"), load_example("plot_tiny_latte")
 
 
 @pytest.fixture(autouse=True)
@@ -454,6 +460,87 @@ def test_samples_are_files_that_a_later_call_completes(folder, tmp_path):
     assert (first - whole[0]).abs().max() <= 2 / 255 + 1e-6  # the pipeline holds the average of the last checkpoint
     with pytest.raises(ValueError, match="--num is 0"):
         sample_latte.main([*arguments, "--output", str(tmp_path), "--num", "0"])
+
+
+def read_all(path: Path, **options) -> torch.Tensor:
+    with VideoReader(path, **options) as reader:
+        return torch.cat(list(reader), dim=1)
+
+
+def test_parts_of_videos_are_disjoint_and_random_clips_come_from_them(folder, tmp_path):
+    source = str(folder / "clips")
+    for name, span in (("train", ["0", "0.6"]), ("heldout", ["0.6", "1"])):
+        cut_clips.main(["--data", source, "--span", *span, "--short_side", "16", "--output", str(tmp_path / name)])
+    for path in sorted((folder / "clips").rglob("*.mkv")):
+        whole = read_all(path, resize=16)
+        train, heldout = (read_all(tmp_path / name / path.name) for name in ("train", "heldout"))
+        assert (train.shape[1], heldout.shape[1]) == (12, 8)
+        assert (torch.cat([train, heldout], dim=1) - whole).abs().max() <= 1 / 255 + 1e-6
+    clips = ["--clips", "3", "--resolution", "16", "--num_frames", "4", "--fps", "0"]
+    cut_clips.main(["--data", str(tmp_path / "train"), *clips, "--output", str(tmp_path / "real")])
+    cut = sorted((tmp_path / "real").iterdir())
+    assert [path.name for path in cut] == [f"clip-{index:05d}.mkv" for index in range(3)]
+    parts = [read_all(path) for path in sorted((tmp_path / "train").iterdir())]
+    for clip in map(read_all, cut):
+        assert clip.shape == (3, 4, 16, 16)
+        distances = [
+            (part[:, start : start + 4, :, left : left + 16] - clip).abs().max()
+            for part in parts
+            for start in range(9)
+            for left in range(5)
+        ]
+        assert min(distances) == 0
+    for wrong in (["--span", "0.6", "0.5"], [], ["--span", "0", "1", "--clips", "2"]):
+        with pytest.raises(ValueError, match="--span"):
+            cut_clips.main(["--data", source, "--output", str(tmp_path / "no"), *wrong])
+
+
+def test_from_training_to_fvd_and_figures(folder, tmp_path, monkeypatch):
+    """The steps of train_tiny_latte.sh; I3D has random weights, since the real ones may not be here."""
+    monkeypatch.setattr(networks, "_weights_used", lambda *_: "random weights")
+
+    def random_i3d(*_):
+        torch.manual_seed(0)
+        return I3D().eval()
+
+    monkeypatch.setattr(fvd_module, "load_i3d", random_i3d)
+    changes = {"num_frames": 12, "latent_cache": tmp_path / "latents", "cache_clips": 4}
+    train(folder, tmp_path / "run", steps=4, keep_checkpoints=9, **changes)
+    cut = ["--data", str(folder / "clips"), "--resolution", "32", "--num_frames", "12", "--fps", "0", "--clips"]
+    cut_clips.main([*cut, "3", "--output", str(tmp_path / "real")])
+    cut_clips.main([*cut, "3", "--seed", "1", "--output", str(tmp_path / "training clips")])
+    models = ["--model", f"training clips=samples:{tmp_path / 'training clips'}"]
+    for step in (2, 4):
+        output, weights = tmp_path / "samples" / str(step), tmp_path / "run" / "checkpoints" / f"step-{step:08d}" / "ema"
+        arguments = ["--model", str(tmp_path / "run" / "pipeline"), "--transformer", str(weights), "--output", str(output)]
+        sample_latte.main([*arguments, "--num", "3", "--steps", "2", "--device", "cpu"])
+        models += ["--model", f"{step}=samples:{output}"]
+    protocol = tmp_path / "protocol.yaml"
+    recipe = (EXAMPLES / "configs" / "latte_tiny_fvd.yaml").read_text()
+    protocol.write_text(recipe.replace("num_frames: 16", "num_frames: 12").replace("size: 64", "size: 32"))
+    app = typer.Typer()
+    app.command()(commands.evaluate)
+    for part in plot_tiny_latte.NAMES:
+        out = tmp_path / f"fvd-{part}.json"
+        arguments = [
+            *models,
+            "--data",
+            str(tmp_path / "real"),
+            "--protocol",
+            str(protocol),
+            "--device",
+            "cpu",
+            "--out",
+            str(out),
+        ]
+        result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+    values = plot_tiny_latte.fvd_of(out)
+    assert set(values) == {"training clips", "2", "4"}
+    assert values["training clips"] < min(values["2"], values["4"])  # noise is further from gradients than other gradients
+    plot_tiny_latte.main(["--run", str(tmp_path), "--output", str(tmp_path / "figures")])
+    with Image.open(tmp_path / "figures" / "latte_tiny_samples.png") as sheet:
+        assert sheet.size == (2 * 32, 3 * 32 + 8)
 
 
 def test_reading_health_is_counted_for_the_cache(folder, tmp_path):
