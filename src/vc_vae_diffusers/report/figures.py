@@ -18,7 +18,7 @@ from ..files import whole_file
 SOURCE = "source"
 CURVES = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips_vgg": "LPIPS (vgg)", "lpips_alex": "LPIPS (alex)"}
 INK, PAPER, ACCENT = (28, 28, 30), (255, 255, 255), (230, 57, 70)
-CELL, GAP, LABEL = 192, 4, 150
+CELL, GAP, LABEL = 192, 4, 176
 LINE_STYLES = ("o-", "s--", "^:", "D-.")  # told apart where curves coincide
 ERROR_FULL_SCALE = 0.25  # of the range: an error map is white-hot there and above
 
