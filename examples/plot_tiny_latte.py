@@ -17,8 +17,7 @@ from PIL import Image
 from vc_vae_diffusers.evaluation.results import read_result
 from vc_vae_diffusers.video import VideoReader, to_uint8
 
-NAMES = {"heldout": "held-out part of the videos", "others": "other videos"}
-FLOOR = "training clips"
+REAL = "training clips"  # the row that is no checkpoint
 
 
 def fvd_of(path: Path) -> dict[str, float]:
@@ -27,17 +26,15 @@ def fvd_of(path: Path) -> dict[str, float]:
 
 
 def plot(run: Path, path: Path) -> None:
-    """FVD against each set of real clips, with that of the training clips as a dashed line; the losses beside it."""
-    figure = Figure(figsize=(9.5, 3.6), layout="constrained")
+    """FVD against the held-out clips, with that of the training clips as a dashed line; the error of the noise beside it."""
+    figure = Figure(figsize=(9.5, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for (part, name), colour in zip(NAMES.items(), ("tab:blue", "tab:orange"), strict=True):
-        values = fvd_of(run / f"fvd-{part}.json")
-        floor = values.pop(FLOOR)
-        steps = sorted(values, key=int)
-        left.plot([int(step) for step in steps], [values[step] for step in steps], "o-", color=colour, label=name)
-        left.axhline(floor, color=colour, linestyle="--", linewidth=1, label=f"training clips to {name}")
-    left.set(xlabel="training step", ylabel="FVD of 96 samples (lower is better)", ylim=(0, None))
-    left.legend(fontsize=7)
+    values = fvd_of(run / "fvd.json")
+    left.axhline(values.pop(REAL), color="grey", linestyle="--", linewidth=1, label=REAL)
+    steps = sorted(values, key=int)
+    left.plot([int(step) for step in steps], [values[step] for step in steps], "o-", label="samples")
+    left.set(xlabel="training step", ylabel="FVD against held-out clips", ylim=(0, None))
+    left.legend()
     rows = [json.loads(line) for line in (run / "run" / "log.jsonl").read_text().splitlines()]
     right.plot([row["step"] for row in rows], [row["mse"] for row in rows], color="tab:green", linewidth=1)
     right.set(xlabel="training step", ylabel="mean squared error of the noise", yscale="log")
