@@ -125,7 +125,7 @@ def write_shard(
         health.add(batch)
         posterior = vae.encode(batch["video"].to(device, vae.dtype)).latent_dist
         parameters = torch.cat([posterior.mean, posterior.logvar], dim=1).float()
-        moments.append(moments_of(posterior.mean, posterior.var))
+        moments.append(moments_of(posterior.mean, posterior.logvar.double().exp()))
         posteriors.append(parameters.to("cpu", dtype))
         clips += batch["clips"]
     tensors = {"posteriors": torch.cat(posteriors), "moments": merge_moments(moments)}
