@@ -13,6 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from vc_vae_diffusers.autoencoder_kl_vcvae import AutoencoderKLVCVAE
+from vc_vae_diffusers.frame_conv import KernelLayer
 from vc_vae_diffusers.tdc import TemporalConv3d
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -196,7 +197,7 @@ def test_models_are_loaded_for_inference():
     assert not vae.training
     assert {parameter.dtype for parameter in vae.parameters()} == {torch.bfloat16}
     assert not any(parameter.requires_grad for parameter in vae.parameters())
-    assert any(True for layer in vae.modules() if isinstance(layer, TemporalConv3d) for _ in layer.buffers())
+    assert all(layer.fused for layer in vae.modules() if isinstance(layer, KernelLayer))
 
 
 def test_workers_answer_fail_and_die():

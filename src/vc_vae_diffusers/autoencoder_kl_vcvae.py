@@ -23,9 +23,10 @@ from torch import nn
 
 from .auto_map import PublishedModelMixin
 from .blocks import Cache, Decoder, Encoder, TemporalDesign
+from .frame_conv import KernelLayer
 from .image_vae import HUB_OPTIONS, inflate, read_image_vae
 from .memory_plan import MemoryPlan, apply_plan, plan
-from .tdc import TemporalConv3d, per_frame
+from .tdc import per_frame
 from .tiling import BlendedFrameBuffer, FrameBuffer, TileGrid, scaled
 
 logger = logging.getLogger(__name__)
@@ -708,19 +709,19 @@ class AutoencoderKLVCVAE(PublishedModelMixin, ModelMixin, AutoencoderMixin, Conf
         }
 
     def fuse_tdc(self) -> None:
-        """Fold the temporal kernels once, for inference. The slices stay, and are what is saved; results do not change.
+        """Fold kernels once for inference, and pack them for this processor. The slices stay, and are what is saved.
 
-        Loading weights and `train()` drop the folded kernels. Weights changed in place otherwise (`EMAModel.copy_to`) do
-        not: call `unfuse_tdc()` or this method again then.
+        Results change by rounding at most. Loading weights, `train()`, `to(…)` and copies drop the folded kernels. Weights
+        changed in place otherwise (`EMAModel.copy_to`) do not: call `unfuse_tdc()` or this method again then.
         """
         for module in self.modules():
-            if isinstance(module, TemporalConv3d):
+            if isinstance(module, KernelLayer):
                 module.fuse()
 
     def unfuse_tdc(self) -> None:
         """Undo `fuse_tdc`: kernels are folded at every call again. `train()` does it too."""
         for module in self.modules():
-            if isinstance(module, TemporalConv3d):
+            if isinstance(module, KernelLayer):
                 module.unfuse()
 
     def train(self, mode: bool = True) -> "AutoencoderKLVCVAE":

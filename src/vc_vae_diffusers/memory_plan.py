@@ -45,7 +45,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .tdc import TemporalConv3d
+from .frame_conv import KernelLayer
 from .tiling import TileGrid
 
 # Highest sum of small tensors to the size of the heap that held them.
@@ -258,7 +258,7 @@ class MemoryEstimator:
         self.runtime = _runtime_bytes(vae, self.device) if runtime is None else runtime
         self._mode = FakeTensorMode()
         self._vae = self._without_data(vae)
-        self._tensors = [*self._vae.parameters(), *self._vae.buffers()]
+        self._tensors = _weights(self._vae)
         self.weights = _storage_bytes(self._tensors)
         self._traced: dict[tuple, _ChunkMemory] = {}
 
@@ -272,7 +272,7 @@ class MemoryEstimator:
                 is_parameter = isinstance(tensor, torch.nn.Parameter)
                 memo[id(tensor)] = torch.nn.Parameter(fake, requires_grad=False) if is_parameter else fake
             traced = remove_hook_from_module(copy.deepcopy(vae, memo), recurse=True).eval()
-            if any(isinstance(module, TemporalConv3d) and any(True for _ in module.buffers()) for module in vae.modules()):
+            if any(isinstance(module, KernelLayer) and module.fused for module in vae.modules()):
                 traced.fuse_tdc()  # anew: which kernels are fused depends on device and dtype
         traced.disable_tiling()
         traced.disable_slicing()
@@ -391,14 +391,26 @@ class MemoryEstimator:
         return self._traced[key]
 
 
+def _weights(vae: ModelMixin) -> list[torch.Tensor]:
+    """Parameters, buffers and fused kernels."""
+    fused = [tensor for module in vae.modules() if isinstance(module, KernelLayer) for tensor in module.fused_tensors()]
+    return [*vae.parameters(), *vae.buffers(), *fused]
+
+
 def _storage_bytes(tensors: Iterable[torch.Tensor | None]) -> int:
-    storages = (tensor.untyped_storage() for tensor in tensors if tensor is not None)
-    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+    packed, storages = 0, {}
+    for tensor in tensors:
+        if tensor is not None and tensor.is_mkldnn:  # a packed kernel, which has no storage to ask
+            packed += tensor.numel() * tensor.element_size()
+        elif tensor is not None:
+            storage = tensor.untyped_storage()
+            storages[storage._cdata] = storage.nbytes()
+    return packed + sum(storages.values())
 
 
 def _runtime_bytes(vae: ModelMixin, device: torch.device) -> int:
     """What the process holds on a device besides this model."""
-    resident = _storage_bytes(t for t in [*vae.parameters(), *vae.buffers()] if t.device.type == device.type)
+    resident = _storage_bytes(t for t in _weights(vae) if t.device.type == device.type)
     if device.type == "cpu":
         return max(0, psutil.Process().memory_info().rss - resident)
     if torch.cuda.is_available() and torch.cuda.is_initialized():

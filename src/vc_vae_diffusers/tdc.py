@@ -17,8 +17,9 @@ convolution and no parameter more than its plain twin.
 Tensors are `(B, C, T, H, W)`; `channels_last_3d` is the fast layout. State is explicit: `y, cache = layer(x, cache)` with
 `cache=None` at the start of a stream. The module needs nothing but PyTorch and serves outside the VAE as well.
 
-How a folded kernel is evaluated is a matter of speed and changes results by rounding only: directly, or by temporal Winograd
-(`winograd.py`) for groups of two and four frames; see `TemporalConv3d.evaluation`.
+How a folded kernel is evaluated is a matter of speed and changes results by rounding only: directly, or with fewer 2-D
+convolutions than taps, as pairs for groups of two frames and by temporal Winograd (`winograd.py`) for groups of four; see
+`TemporalConv3d.evaluation`.
 """
 
 import math
@@ -30,6 +31,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from . import winograd
+from .frame_conv import FrameConv, KernelLayer
 
 
 def fold_tdc(weight: torch.Tensor, anchor: int) -> torch.Tensor:
@@ -76,7 +78,7 @@ def per_frame(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return y.movedim(1, -1).unflatten(0, (x.shape[0], x.shape[2])).movedim(-1, 1)
 
 
-class TemporalConv3d(nn.Conv3d):
+class TemporalConv3d(KernelLayer, nn.Conv3d):
     """What the operators share: the slices, their kernels, and the frame that stands in for a missing neighbour.
 
     Args:
@@ -87,7 +89,8 @@ class TemporalConv3d(nn.Conv3d):
         bias: as in `nn.Conv3d`.
 
     Attributes:
-        evaluation: `"direct"`, `"winograd"`, or `"auto"`: Winograd on the CPU where it was measured to be faster.
+        evaluation: `"direct"`, `"winograd"` (fewer convolutions than taps), or `"auto"`: the latter on the CPU where it was
+            measured to be faster.
 
     Raises:
         ValueError: for an even `kernel_size` or an unknown `temporal_padding`.
@@ -125,9 +128,6 @@ class TemporalConv3d(nn.Conv3d):
         )
         self.temporal_padding = temporal_padding
         self.evaluation = "auto"
-        # Kernels that `fuse` folds once, left out of the state dict: with 3 and 2 taps, and transformed.
-        for name in ("fused_3", "fused_2", "fused_winograd"):
-            self.register_buffer(name, None, persistent=False)
 
     def reset_parameters(self) -> None:
         """As in `nn.Conv3d`. A layer of differences starts as the anchor's 2-D convolution, the other slices at zero.
@@ -157,46 +157,38 @@ class TemporalConv3d(nn.Conv3d):
             return self.plain_kernel()[:, :, self.anchor]
         return self.weight.sum(2)
 
-    def fuse(self) -> None:
-        """Fold the kernels once for inference. The slices stay: the state dict, and training, do not change."""
-        self.unfuse()
-        with torch.no_grad():
-            if len(self.slices) == 3:
-                self.fused_3 = self.plain_kernel().contiguous(memory_format=torch.channels_last_3d)
-            else:
-                self.fused_2 = frame_kernels(self.two_tap_kernel())
+    def compute_kernels(self, form: str) -> tuple:
+        """Compute the kernels of a form: `"direct"` is three taps at once, `"two_tap"` and `"static"` frame by frame."""
+        if form == "direct":
+            return (self.plain_kernel(),)
+        if form == "static":
+            return (self.frame_conv(self.static_kernel(), self.bias),)
+        past, current = frame_kernels(self.two_tap_kernel())
+        return self.frame_conv(past), self.frame_conv(current, self.bias)
 
-    def unfuse(self) -> None:
-        """Forget the folded kernels: they are computed from the slices at every call again."""
-        self.fused_3 = self.fused_2 = self.fused_winograd = None
+    def inference_forms(self) -> Sequence[str]:
+        return ("direct", "static") if len(self.slices) == 3 else ("two_tap", "static")
 
-    def usable(self, fused: torch.Tensor | None) -> bool:
-        """Whether a fused kernel is there and no gradient is asked of the slices."""
-        return fused is not None and not (torch.is_grad_enabled() and self.weight.requires_grad)
-
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        self.unfuse()
-        super()._load_from_state_dict(*args, **kwargs)
+    def frame_conv(self, kernel: torch.Tensor, bias: torch.Tensor | None = None) -> FrameConv:
+        """The convolution of every frame with one 2-D kernel, `(out, in, k, k)`."""
+        return FrameConv(kernel, bias, padding=self.padding[1])
 
     # Evaluation
 
     def convolve(self, x: torch.Tensor) -> torch.Tensor:
         """The plain 3-tap convolution without temporal padding: T frames in, T - 2 out."""
-        kernel = self.fused_3 if self.usable(self.fused_3) else self.plain_kernel()
+        (kernel,) = self.kernels("direct")
         return F.conv3d(x, kernel, self.bias, self.stride, self.padding)
-
-    def convolve_frames(self, x: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Convolve every frame with one 2-D kernel, `(out, in, k, k)`."""
-        return per_frame(lambda frames: F.conv2d(frames, kernel, bias, padding=self.padding[1:]), x)
 
     def convolve_pairs(self, past: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Convolve frames that have a past and no future, given frame by frame: two taps."""
-        kernels = self.fused_2 if self.usable(self.fused_2) else frame_kernels(self.two_tap_kernel())
-        return self.convolve_frames(past, kernels[0], None) + self.convolve_frames(x, kernels[1], self.bias)
+        of_past, of_current = self.kernels("two_tap")
+        return of_past.add_to(of_current(x.movedim(1, -1)), past.movedim(1, -1)).movedim(-1, 1)
 
     def convolve_static(self, x: torch.Tensor) -> torch.Tensor:
         """One frame that stands for a static clip: every difference is zero and the anchor is all there is."""
-        return self.convolve_frames(x, self.static_kernel(), self.bias)
+        (convolution,) = self.kernels("static")
+        return convolution(x.movedim(1, -1)).movedim(-1, 1)
 
     def missing_past(self, x: torch.Tensor) -> torch.Tensor:
         """The frame before the first one, `(B, C, 1, H, W)`."""
@@ -232,16 +224,29 @@ class GroupCausalConv3d(TemporalConv3d):
         past, current, future = self.plain_kernel().unbind(2)
         return torch.stack([past, current if self.temporal_padding == "zeros" else current + future], dim=2)
 
-    def fuse(self) -> None:
-        self.unfuse()
-        with torch.no_grad():
-            outputs = self.winograd_outputs(self.weight, self.group_size)
-            if outputs:
-                self.fused_winograd = winograd.transform_kernel(self.plain_kernel(), outputs)
-                return
-            self.fused_2 = frame_kernels(self.two_tap_kernel())
-            if self.group_size > 1:
-                self.fused_3 = self.plain_kernel().contiguous(memory_format=torch.channels_last_3d)
+    def compute_kernels(self, form: str) -> tuple:
+        """Those of `TemporalConv3d`, and `"pair"` and `"winograd"` for groups of two and of four frames."""
+        if form == "winograd":
+            return winograd.transform_kernel(self.plain_kernel(), self.bias, self.padding[1])
+        if form == "pair":
+            past, current, future = frame_kernels(self.plain_kernel())
+            return self.frame_conv(past), self.frame_conv(current), self.frame_conv(current + future, self.bias)
+        return super().compute_kernels(form)
+
+    def inference_forms(self) -> Sequence[str]:
+        form = self.form(self.weight, self.group_size)
+        return (form, "two_tap", "static") if form == "direct" else (form, "static")
+
+    def form(self, x: torch.Tensor, group: int) -> str:
+        """How groups of `group` frames like x are evaluated: the form of the kernels that it takes."""
+        if group == 1:
+            return "two_tap"
+        if self.evaluation == "winograd" or (self.evaluation == "auto" and x.device.type == "cpu"):
+            if group == 2 and self.temporal_padding == "replicate":
+                return "pair"
+            if group % winograd.OUTPUTS == 0:
+                return "winograd"
+        return "direct"
 
     def forward(self, x: torch.Tensor, cache: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Convolve a chunk of whole groups.
@@ -271,14 +276,14 @@ class GroupCausalConv3d(TemporalConv3d):
 
     def convolve_groups(self, x: torch.Tensor, past: torch.Tensor, group: int) -> torch.Tensor:
         """Convolve whole groups; `past` is the frame before the first one."""
-        if group == 1:
+        form = self.form(x, group)
+        if form == "two_tap":
             return self.convolve_pairs(shifted(past, x), x)
-        outputs = self.winograd_outputs(x, group)
-        if outputs and (
-            self.evaluation == "winograd" or self.usable(self.fused_winograd) or group * x[0, 0, 0].numel() >= 1024
-        ):
-            return self.convolve_winograd(x, past, group, outputs)
-        return self.convolve_directly(x, past, group)
+        # Computing Winograd's kernels takes as long as convolving a few small frames.
+        small = self.evaluation == "auto" and group * x[0, 0, 0].numel() < 1024
+        if form == "direct" or (small and not (form in self.fused and self.fused_serve())):
+            return self.convolve_directly(x, past, group)
+        return self.convolve_tiles(x, past, group, form)
 
     def convolve_directly(self, x: torch.Tensor, past: torch.Tensor, group: int) -> torch.Tensor:
         """Three taps for all frames but a group's last one, which takes two."""
@@ -299,31 +304,33 @@ class GroupCausalConv3d(TemporalConv3d):
         missing = missing.unflatten(2, (-1, count))
         return torch.cat([following[:, :, :, :-1], missing[:, :, :, -1:]], dim=3).flatten(2, 3)
 
-    def winograd_outputs(self, x: torch.Tensor, group: int) -> int:
-        """Which F(m, 3) serves a tensor like `x` in groups of `group`: its m, or 0 for direct evaluation."""
-        if self.evaluation == "direct" or group % 2 != 0 or (self.evaluation == "auto" and x.device.type != "cpu"):
-            return 0
-        return 4 if group % 4 == 0 else 2
-
-    def convolve_winograd(self, x: torch.Tensor, past: torch.Tensor, group: int, outputs: int) -> torch.Tensor:
-        """Evaluate tiles of `outputs` frames by F(outputs, 3)."""
-        kernels = self.fused_winograd
-        if not self.usable(kernels) or len(kernels) != outputs + 2:
-            kernels = winograd.transform_kernel(self.plain_kernel(), outputs)
-        biases = [None] * len(kernels) if self.bias is None else winograd.transform_bias(self.bias, outputs)
-        frames = x.movedim(1, -1).unflatten(1, (-1, outputs)).movedim(2, 0)  # (outputs, B, tiles, H, W, C)
+    def convolve_tiles(self, x: torch.Tensor, past: torch.Tensor, group: int, form: str) -> torch.Tensor:
+        """Evaluate tiles, of two frames as a pair or of four by F(4, 3)."""
+        size = 2 if form == "pair" else winograd.OUTPUTS
+        frames = x.movedim(1, -1).unflatten(1, (-1, size)).movedim(2, 0)  # (size, B, tiles, H, W, C)
         before = shifted(past, frames[-1].movedim(-1, 1)).movedim(1, -1)
-        if group != outputs:
-            first, last = (frame.movedim(-1, 1) for frame in (frames[0], frames[-1]))
-            after = self.following(first, last, group // outputs).movedim(1, -1)
-            frames = torch.cat([frames, after[None]])
-        products = winograd.transform_frames(before, frames, outputs, self.temporal_padding == "replicate")
-        products = [
-            self.convolve_frames(product.movedim(-1, 1), kernel, bias).movedim(1, -1)
-            for product, kernel, bias in zip(products, kernels, biases, strict=True)
-        ]
-        y = winograd.combine_products(products, outputs)  # outputs times (B, tiles, H, W, C_out)
-        return y.movedim(0, 2).flatten(1, 2).movedim(-1, 1)
+        if form == "pair":
+            y = self.convolve_pair(before, *frames)
+        else:
+            if group != size:
+                first, last = (frame.movedim(-1, 1) for frame in (frames[0], frames[-1]))
+                after = self.following(first, last, group // size).movedim(1, -1)
+                frames = torch.cat([frames, after[None]])
+            y = winograd.convolve(self.kernels(form), before, frames, self.temporal_padding == "replicate")
+        return y.movedim(0, 2).flatten(1, 2).movedim(-1, 1)  # from (size, B, tiles, H, W, C_out)
+
+    def convolve_pair(self, before: torch.Tensor, first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        """Both frames of a group of two, `(2, ..., H, W, C)`, by four 2-D convolutions where the taps are five.
+
+        As the last frame stands for the one after it, the sum of the kernels of current and future frame is applied to it
+        in both outputs: `P*X_0 + C*X_1 + F*X_2 = P*X_0 + C*(X_1 - X_2) + (C + F)*X_2`, and `P*X_1 + (C + F)*X_2`.
+        """
+        of_past, of_current, of_last = self.kernels("pair")
+        shared = of_last(last)
+        y = torch.stack([shared, shared])
+        y_first, y_last = of_current.add_to(y[0], first - last), y[1]
+        y_first, y_last = of_past.add_to(y_first, before), of_past.add_to(y_last, first)
+        return torch.stack([y_first, y_last]) if torch.is_grad_enabled() else y  # without gradients they are in y
 
 
 class GroupCausalTDC(GroupCausalConv3d):
@@ -355,8 +362,8 @@ class GroupCausalTDC(GroupCausalConv3d):
         past = shifted(self.missing_past(x) if cache is None else cache, x)
         future = self.following(x, x, min(self.group_size, x.shape[2]))
         inputs = {"past": past - x, "anchor": x, "future": future - x}
-        kernels = frame_kernels(self.weight)
-        return {name: self.convolve_frames(inputs[name], kernels[k], None) for k, name in enumerate(self.slices)}
+        kernels = zip(self.slices, frame_kernels(self.weight), strict=True)
+        return {name: self.frame_conv(kernel)(inputs[name].movedim(1, -1)).movedim(-1, 1) for name, kernel in kernels}
 
 
 class CausalConv3d(TemporalConv3d):

@@ -1,14 +1,13 @@
-"""Temporal Winograd convolution: several output frames of a 3-tap temporal convolution from fewer 2-D convolutions.
+"""Temporal Winograd convolution: four output frames of a 3-tap temporal convolution from six 2-D convolutions.
 
-F(m, 3) gives m consecutive frames from m + 2 two-dimensional convolutions of linear combinations of m + 2 frames, where the
-direct way needs 3m: F(4, 3) for groups of 4 frames, F(2, 3) for groups of 2 (Toom and Cook's interpolation, used for
-convolutions by Winograd and for networks by Lavin and Gray, 2015; here along time alone). Not in the paper: it changes how
-an operator is evaluated, and results by rounding only.
+F(4, 3) gives 4 consecutive frames from 2-D convolutions of 6 linear combinations of 6 frames, where the direct way needs 12
+(Toom and Cook's interpolation, used for convolutions by Winograd and for networks by Lavin and Gray, 2015; here along time
+alone). Not in the paper: it changes how an operator is evaluated, and results by rounding only.
 
-The points of interpolation are 0, 1, -1 and infinity for F(2, 3), as usual. F(4, 3) interpolates at 0, 3/4, -3/4, 3/2, -3/2
-and infinity instead of the usual 0, 1, -1, 2, -2: an output frame weighs the products by powers of the points, and with
-these no frame's rounding stands out. Transforms are matrix products, which sum in float32 whatever the dtype. Together
-that makes F(4, 3) good enough for bfloat16 (`tests/test_tdc.py` measures it, docs/performance.md has the figures).
+The points of interpolation are 0, 3/4, -3/4, 3/2, -3/2 and infinity instead of the usual 0, 1, -1, 2, -2: an output frame
+weighs the products by powers of the points, and with these no frame's rounding stands out. Transforms are matrix products,
+which sum in float32 whatever the dtype. Together that makes F(4, 3) good enough for bfloat16 (`tests/test_tdc.py` measures
+it, docs/performance.md has the figures).
 """
 
 from collections.abc import Sequence
@@ -16,7 +15,12 @@ from functools import cache
 
 import torch
 
-POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 0.75, -0.75, 1.5, -1.5)}
+from .frame_conv import FrameConv
+
+OUTPUTS = 4
+POINTS = (0.0, 0.75, -0.75, 1.5, -1.5)
+
+Matrix = Sequence[Sequence[float]]
 
 
 def polynomial(roots: Sequence[float]) -> list[float]:
@@ -28,15 +32,12 @@ def polynomial(roots: Sequence[float]) -> list[float]:
 
 
 @cache
-def matrices(outputs: int) -> tuple[list[list[float]], list[list[float]], list[list[float]]]:
-    """The transforms of F(m, 3), m outputs: of frames `(m+2, m+2)`, of kernel slices `(m+2, 3)`, of products `(m, m+2)`.
+def matrices(points: tuple[float, ...]) -> tuple[Matrix, Matrix, Matrix]:
+    """The transforms of F(m, 3) for m + 1 points, infinity being one more.
 
-    Raises:
-        ValueError: for another number of outputs than 2 and 4.
+    Of frames, `(m+2, m+2)`; of the slices of a kernel, `(m+2, 3)`; and of products, `(m, m+2)`.
     """
-    if outputs not in POINTS:
-        raise ValueError(f"outputs is {outputs}: pass one of {sorted(POINTS)}")
-    points = POINTS[outputs]
+    outputs = len(points) - 1
     frames, kernel = [], []
     for i, point in enumerate(points):
         others = points[:i] + points[i + 1 :]
@@ -51,46 +52,54 @@ def matrices(outputs: int) -> tuple[list[list[float]], list[list[float]], list[l
     return frames, kernel, products
 
 
-def combine(matrix: Sequence[Sequence[float]], parts: torch.Tensor) -> torch.Tensor:
+def combine(matrix: Matrix, parts: torch.Tensor) -> torch.Tensor:
     """Linear combinations of `parts`, `(columns, ...)` to `(rows, ...)`."""
     return (parts.new_tensor(matrix) @ parts.flatten(1)).unflatten(1, parts.shape[1:])
 
 
-def transform_kernel(kernel: torch.Tensor, outputs: int) -> torch.Tensor:
-    """Map a plain kernel `(out, in, 3, k, k)` to the 2-D kernels `(outputs + 2, out, in, k, k)` of F(outputs, 3).
+def transform_kernel(kernel: torch.Tensor, bias: torch.Tensor | None, padding: int) -> tuple[FrameConv, ...]:
+    """Map a plain kernel `(out, in, 3, k, k)` to the six 2-D convolutions of F(4, 3).
 
-    Sums are made in float32 at least, and the result is of the kernel's dtype.
+    Sums are made in float32 at least; the results are of the kernel's dtype. The bias is split so that it comes to itself
+    in every output frame.
     """
+    of_frames, of_kernel, _ = matrices(POINTS)
     slices = kernel.to(torch.promote_types(kernel.dtype, torch.float32))
     slices = slices.permute(2, 0, 3, 4, 1).contiguous()  # channels last, which is how 2-D convolutions are fastest
-    return combine(matrices(outputs)[1], slices).permute(0, 1, 4, 2, 3).to(kernel.dtype)
+    weights = combine(of_kernel, slices).permute(0, 1, 4, 2, 3).to(kernel.dtype)
+    if bias is None:
+        return tuple(FrameConv(weight, padding=padding) for weight in weights)
+    # A bias is the effect of a first slice on frames of ones.
+    shares = [sum(row) * slices[0] for row, slices in zip(of_frames, of_kernel, strict=True)]
+    return tuple(FrameConv(weight, share * bias, padding=padding) for weight, share in zip(weights, shares, strict=True))
 
 
-def transform_bias(bias: torch.Tensor, outputs: int) -> torch.Tensor:
-    """Split a bias `(out,)` into those of the products, `(outputs + 2, out)`, which add up to it in every output frame."""
-    frames, kernel, _ = matrices(outputs)
-    shares = [sum(row) * weights[0] for row, weights in zip(frames, kernel, strict=True)]  # of a kernel's effect on ones
-    return bias.new_tensor(shares)[:, None] * bias
-
-
-def transform_frames(before: torch.Tensor, frames: torch.Tensor, outputs: int, replicate: bool) -> list[torch.Tensor]:
-    """Combine neighbouring frames into the inputs of the `outputs + 2` products.
+def transform_frames(before: torch.Tensor, frames: torch.Tensor, replicate: bool) -> list[torch.Tensor]:
+    """Combine neighbouring frames into the inputs of the six convolutions.
 
     Args:
         before: the frame before the tile, of any shape.
-        frames: the `outputs` frames of the tile and the one after it, `(outputs + 1, ...)`; or without the last one, which
-            is missing then.
-        outputs: m of F(m, 3).
+        frames: the four frames of the tile and the one after it, `(5, ...)`; or without the last one, which is missing then.
         replicate: whether the frame before stands for a missing one; it is zero otherwise.
     """
-    (weight, *_), *_ = rows = matrices(outputs)[0]
+    (weight, *_), *_ = rows = matrices(POINTS)[0]
     matrix = [row[1:] for row in rows]
-    if len(frames) == outputs:
+    if len(frames) == OUTPUTS:
         matrix = [[*row[:-2], row[-2] + row[-1] if replicate else row[-2]] for row in matrix]
     first, *others = combine(matrix, frames)
     return [torch.add(first, before, alpha=weight), *others]  # 0 is a point, and so no other product sees the frame before
 
 
-def combine_products(products: Sequence[torch.Tensor], outputs: int) -> torch.Tensor:
-    """Combine the `outputs + 2` convolved inputs into the output frames, `(outputs, ...)`."""
-    return combine(matrices(outputs)[2], torch.stack(list(products)))
+def convolve(kernels: Sequence[FrameConv], before: torch.Tensor, frames: torch.Tensor, replicate: bool) -> torch.Tensor:
+    """Convolve the four frames of tiles, `(4, ..., H, W, C)` to `(4, ..., H, W, C_out)`. Arguments: `transform_frames`."""
+    inputs = transform_frames(before, frames, replicate)
+    matrix = matrices(POINTS)[2]
+    if torch.is_grad_enabled():
+        products = [kernel(x) for kernel, x in zip(kernels, inputs, strict=True)]
+        return combine(matrix, torch.stack(products))
+    # The first product goes into the first output frame alone, the last one into the last: they are added in place.
+    products = [kernel(x) for kernel, x in zip(kernels[1:-1], inputs[1:-1], strict=True)]
+    y = combine([row[1:-1] for row in matrix], torch.stack(products))
+    kernels[0].add_to(y[0], inputs[0])
+    kernels[-1].add_to(y[-1], inputs[-1])
+    return y
