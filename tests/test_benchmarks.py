@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from vc_vae_diffusers.autoencoder_kl_vcvae import AutoencoderKLVCVAE
-from vc_vae_diffusers.frame_conv import KernelLayer
+from vc_vae_diffusers.frame_conv import FrameConv, KernelLayer
 from vc_vae_diffusers.tdc import TemporalConv3d
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -198,6 +198,19 @@ def test_models_are_loaded_for_inference():
     assert {parameter.dtype for parameter in vae.parameters()} == {torch.bfloat16}
     assert not any(parameter.requires_grad for parameter in vae.parameters())
     assert all(layer.fused for layer in vae.modules() if isinstance(layer, KernelLayer))
+
+
+def test_arithmetic_of_packed_convolutions_is_counted():
+    plain, packed = FrameConv(torch.randn(6, 5, 3, 3), padding=1), FrameConv(torch.randn(6, 5, 3, 3), padding=1).pack()
+    frames, y = torch.randn(2, 8, 10, 5), torch.randn(2, 8, 10, 6)
+    counts = []
+    for conv in (plain, packed):
+        mapping = load("vae_speed").PACKED_CONVOLUTIONS
+        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+            conv.add_to(y, frames)
+            conv(frames)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] == 2 * 2 * (2 * 8 * 10) * (9 * 5 * 6)
 
 
 def test_workers_answer_fail_and_die():
