@@ -108,11 +108,11 @@ def test_model_options_reach_the_model(model, clip, tmp_path):
         vae = AutoencoderKLVCVAE.from_pretrained(model, torch_dtype=torch.bfloat16 if name == "bfloat16" else None)
         if name == "tile":
             vae.enable_tiling(tile_sample_min_height=16, tile_sample_min_width=32)
+        vae.fuse_tdc()  # as the command does: in bfloat16, kernels folded beforehand round otherwise
         with torch.no_grad():
             expected = vae(source.to(vae.dtype)).sample[..., :29, :67]
         difference = (written[name] - to_uint8(expected).int()).abs()
-        # One level of rounding; in bfloat16 fused kernels round the folded weights once more.
-        assert difference.max() <= 1 if name != "bfloat16" else difference.float().mean() < 2
+        assert difference.max() <= 1  # one level of rounding
     assert (written["groups"] - written["plain"]).abs().max() <= 1
     for name in ("tile", "bfloat16"):
         assert (written[name] - written["plain"]).abs().max() > 1

@@ -177,9 +177,9 @@ class UpsampledConv2d(FrameConv2d):
         if form == "plain":
             return super().compute_kernels(form)
         kernels = []
-        for rows in self._taps(self.weight, dim=2):
+        for rows in self._taps(self.weight.to(torch.promote_types(self.weight.dtype, torch.float32)), dim=2):
             kernels += self._taps(rows, dim=3)
-        pixel, *others = (kernel.contiguous(memory_format=torch.channels_last) for kernel in kernels)
+        pixel, *others = (kernel.to(self.weight.dtype).contiguous() for kernel in kernels)
         return (FrameConv(pixel, self.bias), *(FrameConv(kernel) for kernel in others))
 
     @staticmethod

@@ -229,8 +229,10 @@ class GroupCausalConv3d(TemporalConv3d):
         if form == "winograd":
             return winograd.transform_kernel(self.plain_kernel(), self.bias, self.padding[1])
         if form == "pair":
-            past, current, future = frame_kernels(self.plain_kernel())
-            return self.frame_conv(past), self.frame_conv(current), self.frame_conv(current + future, self.bias)
+            past, last = self.two_tap_kernel().unbind(2)
+            current = self.plain_kernel()[:, :, self.anchor]
+            past, current, last = frame_kernels(torch.stack([past, current, last], dim=2))
+            return self.frame_conv(past), self.frame_conv(current), self.frame_conv(last, self.bias)
         return super().compute_kernels(form)
 
     def inference_forms(self) -> Sequence[str]:
