@@ -16,7 +16,8 @@ EXACTLY = {
     "files": set(),
     "frame_conv": set(),
     "winograd": {"frame_conv"},
-    "tdc": {"frame_conv", "winograd"},
+    "frame_winograd": {"frame_conv", "winograd"},
+    "tdc": {"frame_conv", "winograd", "frame_winograd"},
     "tiling": set(),
     "auto_map": {"files"},
     "blocks": {"frame_conv", "tdc"},
@@ -196,7 +197,7 @@ def test_optional_dependencies_are_not_needed_to_import():
 
 def test_only_pytorch_is_needed_for_the_operators():
     """The operators can be copied or used on their own (SPEC section 1)."""
-    for name in ("frame_conv", "tdc", "winograd"):
+    for name in ("frame_conv", "frame_winograd", "tdc", "winograd"):
         for node in ast.walk(ast.parse(FILES[name].read_text())):
             if isinstance(node, ast.Import):
                 roots = {alias.name.split(".")[0] for alias in node.names}

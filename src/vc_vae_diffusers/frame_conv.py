@@ -21,16 +21,19 @@ from torch._subclasses.fake_tensor import is_fake
 _PACKED_FOR = 64
 
 
-def can_pack(weight: torch.Tensor) -> bool:
-    """Whether oneDNN packs kernels like this one: x86 processors, float32, and bfloat16 where the processor knows it."""
-    if weight.device.type != "cpu" or is_fake(weight) or platform.machine() not in ("x86_64", "AMD64"):
+def onednn_serves(weight: torch.Tensor) -> bool:
+    """Whether oneDNN is fast for kernels like this one: x86, float32, and bfloat16 where the processor knows it."""
+    if weight.device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
         return False
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return False
-    operators = torch.ops.mkldnn
-    if not all(hasattr(operators, name) for name in ("_convolution_pointwise_", "_reorder_convolution_weight")):
-        return False
-    return weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and operators._is_mkldnn_bf16_supported())
+    return weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def can_pack(weight: torch.Tensor) -> bool:
+    """Whether oneDNN packs kernels like this one: where it serves, and PyTorch has the private operators."""
+    operators = ("_convolution_pointwise_", "_reorder_convolution_weight")
+    return not is_fake(weight) and onednn_serves(weight) and all(hasattr(torch.ops.mkldnn, name) for name in operators)
 
 
 class FrameConv:
@@ -97,7 +100,7 @@ class KernelLayer(nn.Module):
 
     def kernels(self, form: str) -> tuple:
         """The kernels of a form, fused ones if they can serve: see `fuse`."""
-        return self.fused[form] if self.fused_serve() and form in self.fused else self.compute_kernels(form)
+        return self.fused[form] if self.has_fused(form) else self.compute_kernels(form)
 
     def compute_kernels(self, form: str) -> tuple:
         """Compute the kernels of a form, `FrameConv`s or tensors, from the parameters. Differentiable."""
@@ -131,6 +134,10 @@ class KernelLayer(nn.Module):
         if self.fused_on.type == "cpu":
             return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"))
         return not (torch.is_grad_enabled() and self.weight.requires_grad)
+
+    def has_fused(self, form: str) -> bool:
+        """Whether there are fused kernels of a form that can be used now."""
+        return form in self.fused and self.fused_serve()
 
     def fused_tensors(self) -> list[torch.Tensor]:
         """What the fused kernels consist of."""

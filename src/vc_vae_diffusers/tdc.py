@@ -18,8 +18,8 @@ Tensors are `(B, C, T, H, W)`; `channels_last_3d` is the fast layout. State is e
 `cache=None` at the start of a stream. The module needs nothing but PyTorch and serves outside the VAE as well.
 
 How a folded kernel is evaluated is a matter of speed and changes results by rounding only: directly, or with fewer 2-D
-convolutions than taps, as pairs for groups of two frames and by temporal Winograd (`winograd.py`) for groups of four; see
-`TemporalConv3d.evaluation`.
+convolutions than taps, as pairs for groups of two frames and by temporal Winograd (`winograd.py`) for groups of four; and
+where kernels of many channels are fused, by Winograd in space as well (`frame_winograd.py`): see `evaluation` below.
 """
 
 import math
@@ -30,8 +30,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
-from . import winograd
+from . import frame_winograd, winograd
 from .frame_conv import FrameConv, KernelLayer
+
+# Of a form whose tiles extend over space, see `frame_winograd.py`.
+IN_SPACE = "_in_space"
 
 
 def fold_tdc(weight: torch.Tensor, anchor: int) -> torch.Tensor:
@@ -225,7 +228,10 @@ class GroupCausalConv3d(TemporalConv3d):
         return torch.stack([past, current if self.temporal_padding == "zeros" else current + future], dim=2)
 
     def compute_kernels(self, form: str) -> tuple:
-        """Those of `TemporalConv3d`, and `"pair"` and `"winograd"` for groups of two and of four frames."""
+        """Those of `TemporalConv3d`; `"pair"` and `"winograd"` for groups of two and of four, and both with `IN_SPACE`."""
+        if form.endswith(IN_SPACE):
+            algorithm = self.algorithm(form.removesuffix(IN_SPACE), self.group_size)
+            return (frame_winograd.transform_kernel(self.plain_kernel(), algorithm),)
         if form == "winograd":
             return winograd.transform_kernel(self.plain_kernel(), self.bias, self.padding[1])
         if form == "pair":
@@ -237,7 +243,17 @@ class GroupCausalConv3d(TemporalConv3d):
 
     def inference_forms(self) -> Sequence[str]:
         form = self.form(self.weight, self.group_size)
-        return (form, "two_tap", "static") if form == "direct" else (form, "static")
+        if form == "direct":
+            return form, "two_tap", "static"
+        if form != "two_tap" and frame_winograd.pays(self.weight):
+            form += IN_SPACE
+        return form, "static"
+
+    def algorithm(self, form: str, group: int) -> winograd.Algorithm:
+        """How the frames of a tile come from fewer convolutions than taps, for the forms that do so."""
+        if form == "pair":
+            return winograd.PAIR
+        return winograd.four_frames(self.temporal_padding if group == winograd.OUTPUTS else "given")
 
     def form(self, x: torch.Tensor, group: int) -> str:
         """How groups of `group` frames like x are evaluated: the form of the kernels that it takes."""
@@ -281,9 +297,12 @@ class GroupCausalConv3d(TemporalConv3d):
         form = self.form(x, group)
         if form == "two_tap":
             return self.convolve_pairs(shifted(past, x), x)
+        even = x.shape[-1] % 2 == 0 and x.shape[-2] % 2 == 0
+        if even and self.has_fused(form + IN_SPACE):
+            return self.convolve_tiles(x, past, group, form, in_space=True)
         # Computing Winograd's kernels takes as long as convolving a few small frames.
         small = self.evaluation == "auto" and group * x[0, 0, 0].numel() < 1024
-        if form == "direct" or (small and not (form in self.fused and self.fused_serve())):
+        if form == "direct" or (small and not self.has_fused(form)):
             return self.convolve_directly(x, past, group)
         return self.convolve_tiles(x, past, group, form)
 
@@ -306,19 +325,25 @@ class GroupCausalConv3d(TemporalConv3d):
         missing = missing.unflatten(2, (-1, count))
         return torch.cat([following[:, :, :, :-1], missing[:, :, :, -1:]], dim=3).flatten(2, 3)
 
-    def convolve_tiles(self, x: torch.Tensor, past: torch.Tensor, group: int, form: str) -> torch.Tensor:
+    def convolve_tiles(
+        self, x: torch.Tensor, past: torch.Tensor, group: int, form: str, in_space: bool = False
+    ) -> torch.Tensor:
         """Evaluate tiles, of two frames as a pair or of four by F(4, 3)."""
-        size = 2 if form == "pair" else winograd.OUTPUTS
+        algorithm = self.algorithm(form, group)
+        size = len(algorithm.products)
         frames = x.movedim(1, -1).unflatten(1, (-1, size)).movedim(2, 0)  # (size, B, tiles, H, W, C)
-        before = shifted(past, frames[-1].movedim(-1, 1)).movedim(1, -1)
+        first, last = (frame.movedim(-1, 1) for frame in (frames[0], frames[-1]))
+        before = shifted(past, last).movedim(1, -1)
+        after = [self.following(first, last, group // size).movedim(1, -1)] if group != size else []
+        if in_space:
+            tiles = [frame.flatten(0, 1) for frame in (before, *frames, *after)]
+            y = frame_winograd.convolve(*self.kernels(form + IN_SPACE), algorithm, tiles, self.bias)
+            return y.unflatten(0, before.shape[:2]).flatten(1, 2).movedim(-1, 1)
         if form == "pair":
             y = self.convolve_pair(before, *frames)
         else:
-            if group != size:
-                first, last = (frame.movedim(-1, 1) for frame in (frames[0], frames[-1]))
-                after = self.following(first, last, group // size).movedim(1, -1)
-                frames = torch.cat([frames, after[None]])
-            y = winograd.convolve(self.kernels(form), before, frames, self.temporal_padding == "replicate")
+            frames = torch.cat([frames, after[0][None]]) if after else frames
+            y = winograd.convolve(self.kernels(form), algorithm, before, frames)
         return y.movedim(0, 2).flatten(1, 2).movedim(-1, 1)  # from (size, B, tiles, H, W, C_out)
 
     def convolve_pair(self, before: torch.Tensor, first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:

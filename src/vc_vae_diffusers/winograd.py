@@ -11,6 +11,7 @@ it, docs/performance.md has the figures).
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -29,6 +30,39 @@ def polynomial(roots: Sequence[float]) -> list[float]:
     for root in roots:
         coefficients = [a - root * b for a, b in zip([0.0, *coefficients], [*coefficients, 0.0], strict=True)]
     return coefficients
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """How outputs of a 3-tap convolution come from K products of a combination of frames and one of the kernel's slices.
+
+    Args:
+        frames: `(K, J)`, of the frame before a tile, the tile's frames, and the one after it if that is not made of them.
+        kernel: `(L, 3)`, for the first products; the last of these L kernels serves all the others as well.
+        products: `(T, K)`, for the T frames of a tile.
+    """
+
+    frames: Matrix
+    kernel: Matrix
+    products: Matrix
+
+
+# A group of two, where the last frame stands for the one after it: see `GroupCausalConv3d.convolve_pair`.
+PAIR = Algorithm(
+    frames=((0.0, 0.0, 1.0), (0.0, 1.0, -1.0), (1.0, 0.0, 0.0), (0.0, 1.0, 0.0)),
+    kernel=((0.0, 1.0, 1.0), (0.0, 1.0, 0.0), (1.0, 0.0, 0.0)),
+    products=((1.0, 1.0, 1.0, 0.0), (1.0, 0.0, 0.0, 1.0)),
+)
+
+
+def four_frames(after: str) -> Algorithm:
+    """F(4, 3); the frame after the tile is `"given"`, missing and replaced by the last (`"replicate"`), or `"zeros"`."""
+    frames, kernel, products = matrices(POINTS)
+    if after == "replicate":
+        frames = [[*row[:-2], row[-2] + row[-1]] for row in frames]
+    elif after == "zeros":
+        frames = [row[:-1] for row in frames]
+    return Algorithm(frames, kernel, products)
 
 
 @cache
@@ -74,32 +108,28 @@ def transform_kernel(kernel: torch.Tensor, bias: torch.Tensor | None, padding: i
     return tuple(FrameConv(weight, share * bias, padding=padding) for weight, share in zip(weights, shares, strict=True))
 
 
-def transform_frames(before: torch.Tensor, frames: torch.Tensor, replicate: bool) -> list[torch.Tensor]:
+def transform_frames(algorithm: Algorithm, before: torch.Tensor, frames: torch.Tensor) -> list[torch.Tensor]:
     """Combine neighbouring frames into the inputs of the six convolutions.
 
     Args:
+        algorithm: `four_frames`.
         before: the frame before the tile, of any shape.
-        frames: the four frames of the tile and the one after it, `(5, ...)`; or without the last one, which is missing then.
-        replicate: whether the frame before stands for a missing one; it is zero otherwise.
+        frames: the four frames of the tile, and the one after it if the algorithm takes it, `(4 or 5, ...)`.
     """
-    (weight, *_), *_ = rows = matrices(POINTS)[0]
-    matrix = [row[1:] for row in rows]
-    if len(frames) == OUTPUTS:
-        matrix = [[*row[:-2], row[-2] + row[-1] if replicate else row[-2]] for row in matrix]
-    first, *others = combine(matrix, frames)
-    return [torch.add(first, before, alpha=weight), *others]  # 0 is a point, and so no other product sees the frame before
+    first, *others = combine([row[1:] for row in algorithm.frames], frames)
+    # 0 is a point, and so no other product sees the frame before.
+    return [torch.add(first, before, alpha=algorithm.frames[0][0]), *others]
 
 
-def convolve(kernels: Sequence[FrameConv], before: torch.Tensor, frames: torch.Tensor, replicate: bool) -> torch.Tensor:
-    """Convolve the four frames of tiles, `(4, ..., H, W, C)` to `(4, ..., H, W, C_out)`. Arguments: `transform_frames`."""
-    inputs = transform_frames(before, frames, replicate)
-    matrix = matrices(POINTS)[2]
+def convolve(kernels: Sequence[FrameConv], algorithm: Algorithm, before: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
+    """Convolve the four frames of tiles to `(4, ..., H, W, C_out)`. Arguments: `transform_frames`."""
+    inputs = transform_frames(algorithm, before, frames)
     if torch.is_grad_enabled():
         products = [kernel(x) for kernel, x in zip(kernels, inputs, strict=True)]
-        return combine(matrix, torch.stack(products))
+        return combine(algorithm.products, torch.stack(products))
     # The first product goes into the first output frame alone, the last one into the last: they are added in place.
     products = [kernel(x) for kernel, x in zip(kernels[1:-1], inputs[1:-1], strict=True)]
-    y = combine([row[1:-1] for row in matrix], torch.stack(products))
+    y = combine([row[1:-1] for row in algorithm.products], torch.stack(products))
     kernels[0].add_to(y[0], inputs[0])
     kernels[-1].add_to(y[-1], inputs[-1])
     return y

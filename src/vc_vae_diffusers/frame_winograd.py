@@ -1,0 +1,141 @@
+"""Winograd over space: 2x2 pixels of a 3x3 convolution from 16 products of channels where 36 are the direct way.
+
+F(2x2, 3x3) of Lavin and Gray (2015), between the two maps over time of a `winograd.Algorithm`, so that a tile is four frames
+(or a pair) of 2x2 pixels. Its transforms are sums and differences of neighbouring pixels. They cost a pass over memory each,
+which pays where there are many channels a pixel; frames are worked off in blocks that stay in the processor's cache, however
+large they are. For inference alone: results are written in place. Not in the paper: it changes how an operator is evaluated,
+and results by rounding only.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from .frame_conv import onednn_serves
+from .winograd import Algorithm, combine
+
+# Fewer channels than this leave too little to gain for what the transforms cost.
+MIN_CHANNELS = 256
+# The combinations of frames of a block, and the transformed pixels of the products that are made at once, in bytes.
+BLOCK_BYTES = 8 * 2**20
+PRODUCTS_BYTES = 8 * 2**20
+
+_OF_KERNEL = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
+
+
+def pays(weight: torch.Tensor) -> bool:
+    """Whether convolutions by a weight `(out, in, slices, 3, 3)` are faster this way, where it was measured."""
+    return onednn_serves(weight) and weight.shape[-1] == 3 and min(weight.shape[:2]) >= MIN_CHANNELS
+
+
+def transform_kernel(kernel: torch.Tensor, algorithm: Algorithm) -> torch.Tensor:
+    """Map a plain kernel `(out, in, 3, 3, 3)` to the matrices of the products, `(L, 16, in, out)`; sums in float32."""
+    slices = kernel.to(torch.promote_types(kernel.dtype, torch.float32)).permute(2, 3, 4, 1, 0)  # (3, 3, 3, in, out)
+    in_time = combine(algorithm.kernel, slices.contiguous())
+    matrix = in_time.new_tensor(_OF_KERNEL)
+    return torch.einsum("ai,bj,kijco->kabco", matrix, matrix, in_time).flatten(1, 2).to(kernel.dtype)
+
+
+def convolve(
+    matrices: torch.Tensor, algorithm: Algorithm, frames: Sequence[torch.Tensor], bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Convolve tiles of frames, zero-padded in space, without gradients.
+
+    Args:
+        matrices: what `transform_kernel` made, `(L, 16, C, C_out)`.
+        algorithm: the maps over time.
+        frames: those that the algorithm combines, each `(N, H, W, C)`, H and W even.
+        bias: `(C_out,)` or None.
+
+    Returns:
+        `(N, T, H, W, C_out)`.
+    """
+    count, height, width, channels = frames[0].shape
+    out_channels, products = matrices.shape[-1], len(algorithm.frames)
+    y = matrices.new_empty(count, len(algorithm.products), height, width, out_channels)
+    for clip, rows in _blocks(count, height, width, products * channels * matrices.itemsize):
+        padded = _padded([frame[clip] for frame in frames], rows)
+        combined = combine(algorithm.frames, padded)  # (K, n, h + 2, W + 2, C)
+        result = matrices.new_empty(products, len(padded[0]), rows.stop - rows.start, width, out_channels)
+        for parts in _by_kernel(matrices, combined, result):
+            _convolve_block(*parts)
+        result = combine(algorithm.products, result).transpose(0, 1)
+        into = y[clip, :, rows]
+        if bias is None:
+            into.copy_(result)
+        else:
+            torch.add(result, bias, out=into)
+    return y
+
+
+def _blocks(count: int, height: int, width: int, pixel_bytes: int) -> Iterator[tuple[slice, slice]]:
+    """Cut N tiles of frames into blocks of several whole ones, or of some rows, an even number, of one."""
+    pairs = max(1, BLOCK_BYTES // (2 * width * pixel_bytes))  # of rows
+    several = max(1, 2 * pairs // height)
+    parts = math.ceil(height / (2 * pairs))
+    some = 2 * math.ceil(height / (2 * parts))
+    for first in range(0, count, several):
+        for row in range(0, height, some):
+            yield slice(first, first + several), slice(row, min(row + some, height))
+
+
+def _padded(frames: Sequence[torch.Tensor], rows: slice) -> torch.Tensor:
+    """Some rows of frames `(n, H, W, C)` and the pixels around them, `(J, n, rows + 2, W + 2, C)`, zeros beyond."""
+    count, height, width, channels = frames[0].shape
+    y = frames[0].new_empty(len(frames), count, rows.stop - rows.start + 2, width + 2, channels)
+    first, last = max(rows.start - 1, 0), min(rows.stop + 1, height)
+    y[:, :, :, 0].zero_()
+    y[:, :, :, -1].zero_()
+    if rows.start == 0:
+        y[:, :, 0].zero_()
+    if rows.stop == height:
+        y[:, :, -1].zero_()
+    offset = first - rows.start + 1
+    for into, frame in zip(y, frames, strict=True):
+        into[:, offset : offset + last - first, 1:-1].copy_(frame[:, first:last])
+    return y
+
+
+def _by_kernel(matrices: torch.Tensor, *products: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """A few kernels at once, with the frames of their products `(k, n, ...)`; those of the last one are n more of it."""
+    own = len(matrices) - 1
+    some = max(1, PRODUCTS_BYTES // (products[0][0].numel() * matrices.itemsize))
+    split = (tensor[:own].split(some) for tensor in (matrices, *products))
+    yield from zip(*split, strict=True)
+    yield matrices[own:], *(tensor[own:].flatten(0, 1)[None] for tensor in products)
+
+
+def _convolve_block(matrices: torch.Tensor, frames: torch.Tensor, y: torch.Tensor) -> None:
+    """Convolve padded frames `(k, n, h + 2, w + 2, C)` with a kernel each into y, `(k, n, h, w, C_out)`."""
+    k, n, height, width, out_channels = y.shape
+    height, width, channels = height // 2, width // 2, frames.shape[-1]
+    by_row = y.new_empty(4, k, n, height, 2 * width + 2, channels)
+    _split(frames, by_row, dim=2)
+    by_pixel = y.new_empty(k, 4, 4, n, height, width, channels)  # a kernel's 16 products lie together, rows first
+    _split(by_row, by_pixel.permute(2, 1, 0, 3, 4, 5, 6), dim=4)
+    products = torch.bmm(by_pixel.view(16 * k, -1, channels), matrices.flatten(0, 1))
+    products = products.view(k, 4, 4, n, height, width, out_channels).permute(2, 1, 0, 3, 4, 5, 6)
+    by_row = y.new_empty(4, k, n, height, width, 2, out_channels)
+    _join(products, by_row[..., 0, :], by_row[..., 1, :])
+    rows = y.unflatten(2, (height, 2))
+    _join(by_row.flatten(4, 5), rows[:, :, :, 0], rows[:, :, :, 1])
+
+
+def _split(x: torch.Tensor, y: torch.Tensor, dim: int) -> None:
+    """Combine every two lines along `dim` and the ones before and after them into the inputs of four products."""
+    before, first = x.unflatten(dim, (-1, 2)).unbind(dim + 1)  # x begins with the line before the first tile
+    last, after = before.narrow(dim, 1, before.shape[dim] - 1), first.narrow(dim, 1, first.shape[dim] - 1)
+    before, first = before.narrow(dim, 0, last.shape[dim]), first.narrow(dim, 0, after.shape[dim])
+    torch.sub(before, last, out=y[0])
+    torch.add(first, last, out=y[1])
+    torch.sub(last, first, out=y[2])
+    torch.sub(after, first, out=y[3])
+
+
+def _join(products: torch.Tensor, first: torch.Tensor, last: torch.Tensor) -> None:
+    """Both lines of a tile from its four products."""
+    torch.add(products[1], products[2], out=first)
+    torch.sub(products[1], products[2], out=last)
+    first.add_(products[0])
+    last.add_(products[3])
