@@ -27,7 +27,10 @@ def onednn_serves(weight: torch.Tensor) -> bool:
         return False
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return False
-    return weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if weight.dtype == torch.bfloat16:
+        operators = torch.ops.mkldnn  # private: a build of PyTorch may lack them
+        return hasattr(operators, "_is_mkldnn_bf16_supported") and operators._is_mkldnn_bf16_supported()
+    return weight.dtype == torch.float32
 
 
 def can_pack(weight: torch.Tensor) -> bool:
