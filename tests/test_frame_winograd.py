@@ -1,8 +1,11 @@
 """Winograd over space and time equals the convolution it stands for, whatever the blocks, and is taken where it pays."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vc_vae_diffusers import frame_winograd, winograd
 from vc_vae_diffusers.frame_conv import onednn_serves
@@ -40,11 +43,9 @@ def test_equals_the_convolution(frames, after, height, width):
 
 
 @pytest.mark.parametrize("block_bytes", [1, 10_000, 40_000])
-@pytest.mark.parametrize("products_bytes", [1, 20_000])
 @pytest.mark.parametrize("frames", [2, 4])
-def test_blocks_change_nothing(monkeypatch, block_bytes, products_bytes, frames):
+def test_blocks_change_nothing(monkeypatch, block_bytes, frames):
     monkeypatch.setattr(frame_winograd, "BLOCK_BYTES", block_bytes)
-    monkeypatch.setattr(frame_winograd, "PRODUCTS_BYTES", products_bytes)
     check(*case(frames, "replicate", 3, 10, 8))
 
 
@@ -59,6 +60,33 @@ def test_blocks_cover_every_row_once(monkeypatch, count, height, width, pixels):
         assert seen[clip, rows].numel() * width <= max(pixels, 2 * width)
     assert (seen == 1).all()
     assert len(blocks) > 1 or pixels >= count * height * width
+
+
+def test_workspace_keeps_its_memory_and_threads_have_their_own():
+    workspace, like = frame_winograd.Workspace(), torch.empty(0, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        first = workspace.tensor("step", like, 3, 4)
+    assert first.shape == (3, 4)
+    assert first.dtype == torch.bfloat16
+    assert workspace.tensor("step", torch.empty(0), 2, 3).data_ptr() == first.data_ptr()
+    assert workspace.tensor("another", like, 3, 4).data_ptr() != first.data_ptr()
+    workspace.tensor("step", like, 3, 4).fill_(1)  # outside of inference mode too
+    with ThreadPoolExecutor(1) as executor:
+        assert executor.submit(workspace.tensor, "step", like, 3, 4).result().data_ptr() != first.data_ptr()
+
+
+def test_workspace_holds_no_tensor_without_data():
+    workspace = frame_winograd.Workspace()
+    with FakeTensorMode():
+        workspace.tensor("step", torch.empty(1), 3)
+    assert not workspace.buffers
+
+
+def test_threads_at_once_do_not_disturb_each_other():
+    """One workspace for all would mix their blocks."""
+    cases = [case(4, "replicate", 3, 24, 16), case(2, "replicate", 5, 24, 16)] * 4
+    with ThreadPoolExecutor(4) as executor:
+        list(executor.map(lambda parts: check(*parts), cases * 4))
 
 
 def layer_of(group: int, layer_class: type = GroupCausalTDC, **options) -> GroupCausalConv3d:

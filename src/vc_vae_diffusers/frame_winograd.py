@@ -3,25 +3,51 @@
 F(2x2, 3x3) of Lavin and Gray (2015), between the two maps over time of a `winograd.Algorithm`, so that a tile is four frames
 (or a pair) of 2x2 pixels. Its transforms are sums and differences of neighbouring pixels. They cost a pass over memory each,
 which pays where there are many channels a pixel; frames are worked off in blocks that stay in the processor's cache, however
-large they are. For inference alone: results are written in place. Not in the paper: it changes how an operator is evaluated,
-and results by rounding only.
+large they are, and in memory that is kept. For inference alone: results are written in place. Not in the paper: it changes
+how an operator is evaluated, and results by rounding only.
 """
 
 import math
+import threading
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch._subclasses.fake_tensor import is_fake
 
 from .frame_conv import onednn_serves
 from .winograd import Algorithm, combine
 
 # Fewer channels than this leave too little to gain for what the transforms cost.
-MIN_CHANNELS = 256
-# The combinations of frames of a block, and the transformed pixels of the products that are made at once, in bytes.
+MIN_CHANNELS = 128
+# The combinations of frames that are worked off as one block, in bytes.
 BLOCK_BYTES = 8 * 2**20
-PRODUCTS_BYTES = 8 * 2**20
 
 _OF_KERNEL = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
+
+
+class Workspace(threading.local):
+    """Memory for the steps of a block, kept from call to call: the system takes as long to give it as it is worked on.
+
+    A name for every step, and the same shapes in every block: PyTorch divides a step among its threads by position, so that
+    these stay with what is in the cache of their core. What another core has written comes at a fifth of the speed if they
+    share no cache.
+    """
+
+    def __init__(self) -> None:
+        self.buffers: dict[str, torch.Tensor] = {}
+
+    def tensor(self, name: str, like: torch.Tensor, *shape: int) -> torch.Tensor:
+        """A tensor of like's dtype whose values are undefined, and which loses them when its name is asked for again."""
+        if is_fake(like):
+            return like.new_empty(shape)
+        size = math.prod(shape) * like.itemsize
+        if name not in self.buffers or len(self.buffers[name]) < size:
+            with torch.inference_mode(False):  # so that it serves outside of it as well
+                self.buffers[name] = torch.empty(size, dtype=torch.uint8)
+        return self.buffers[name][:size].view(like.dtype).view(shape)
+
+
+workspace = Workspace()
 
 
 def pays(weight: torch.Tensor) -> bool:
@@ -52,20 +78,22 @@ def convolve(
         `(N, T, H, W, C_out)`.
     """
     count, height, width, channels = frames[0].shape
-    out_channels, products = matrices.shape[-1], len(algorithm.frames)
-    y = matrices.new_empty(count, len(algorithm.products), height, width, out_channels)
+    out_channels, products, size = matrices.shape[-1], len(algorithm.frames), len(algorithm.products)
+    y = matrices.new_empty(count, size, height, width, out_channels)
     for clip, rows in _blocks(count, height, width, products * channels * matrices.itemsize):
         padded = _padded([frame[clip] for frame in frames], rows)
-        combined = combine(algorithm.frames, padded)  # (K, n, h + 2, W + 2, C)
-        result = matrices.new_empty(products, len(padded[0]), rows.stop - rows.start, width, out_channels)
-        for parts in _by_kernel(matrices, combined, result):
+        n, lines = len(padded[0]), rows.stop - rows.start
+        combined = workspace.tensor("combined", y, products, n, lines + 2, width + 2, channels)
+        combine(algorithm.frames, padded, out=combined)
+        made = workspace.tensor("made", y, products, n, lines, width, out_channels)
+        for parts in _by_kernel(matrices, combined, made):
             _convolve_block(*parts)
-        result = combine(algorithm.products, result).transpose(0, 1)
+        result = combine(algorithm.products, made, out=workspace.tensor("result", y, size, n, lines, width, out_channels))
         into = y[clip, :, rows]
         if bias is None:
-            into.copy_(result)
+            into.copy_(result.transpose(0, 1))
         else:
-            torch.add(result, bias, out=into)
+            torch.add(result.transpose(0, 1), bias, out=into)
     return y
 
 
@@ -83,7 +111,7 @@ def _blocks(count: int, height: int, width: int, pixel_bytes: int) -> Iterator[t
 def _padded(frames: Sequence[torch.Tensor], rows: slice) -> torch.Tensor:
     """Some rows of frames `(n, H, W, C)` and the pixels around them, `(J, n, rows + 2, W + 2, C)`, zeros beyond."""
     count, height, width, channels = frames[0].shape
-    y = frames[0].new_empty(len(frames), count, rows.stop - rows.start + 2, width + 2, channels)
+    y = workspace.tensor("padded", frames[0], len(frames), count, rows.stop - rows.start + 2, width + 2, channels)
     first, last = max(rows.start - 1, 0), min(rows.stop + 1, height)
     y[:, :, :, 0].zero_()
     y[:, :, :, -1].zero_()
@@ -98,28 +126,29 @@ def _padded(frames: Sequence[torch.Tensor], rows: slice) -> torch.Tensor:
 
 
 def _by_kernel(matrices: torch.Tensor, *products: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """A few kernels at once, with the frames of their products `(k, n, ...)`; those of the last one are n more of it."""
-    own = len(matrices) - 1
-    some = max(1, PRODUCTS_BYTES // (products[0][0].numel() * matrices.itemsize))
-    split = (tensor[:own].split(some) for tensor in (matrices, *products))
-    yield from zip(*split, strict=True)
-    yield matrices[own:], *(tensor[own:].flatten(0, 1)[None] for tensor in products)
+    """Two kernels at once and the frames of their products, `(k, n, ...)`; those that share the last are n more of it."""
+    shared = len(products[0]) - len(matrices)
+    own = len(matrices) - 1 if shared else len(matrices)
+    yield from zip(*(tensor[:own].split(2) for tensor in (matrices, *products)), strict=True)
+    if shared:
+        yield matrices[own:], *(tensor[own:].flatten(0, 1)[None] for tensor in products)
 
 
 def _convolve_block(matrices: torch.Tensor, frames: torch.Tensor, y: torch.Tensor) -> None:
     """Convolve padded frames `(k, n, h + 2, w + 2, C)` with a kernel each into y, `(k, n, h, w, C_out)`."""
     k, n, height, width, out_channels = y.shape
     height, width, channels = height // 2, width // 2, frames.shape[-1]
-    by_row = y.new_empty(4, k, n, height, 2 * width + 2, channels)
-    _split(frames, by_row, dim=2)
-    by_pixel = y.new_empty(k, 4, 4, n, height, width, channels)  # a kernel's 16 products lie together, rows first
-    _split(by_row, by_pixel.permute(2, 1, 0, 3, 4, 5, 6), dim=4)
-    products = torch.bmm(by_pixel.view(16 * k, -1, channels), matrices.flatten(0, 1))
-    products = products.view(k, 4, 4, n, height, width, out_channels).permute(2, 1, 0, 3, 4, 5, 6)
-    by_row = y.new_empty(4, k, n, height, width, 2, out_channels)
-    _join(products, by_row[..., 0, :], by_row[..., 1, :])
-    rows = y.unflatten(2, (height, 2))
-    _join(by_row.flatten(4, 5), rows[:, :, :, 0], rows[:, :, :, 1])
+    rows = workspace.tensor("rows", y, k, 4, n, height, 2 * width + 2, channels)
+    _split(frames, rows.movedim(1, 0), dim=2)
+    pixels = workspace.tensor("pixels", y, k, 4, 4, n, height, width, channels)
+    _split(rows, pixels.movedim(2, 0), dim=4)
+    products = workspace.tensor("products", y, 16 * k, n * height * width, out_channels)
+    torch.bmm(pixels.view(16 * k, -1, channels), matrices.flatten(0, 1), out=products)
+    products = products.view(k, 4, 4, n, height, width, out_channels)
+    columns = workspace.tensor("columns", y, k, 4, n, height, width, 2, out_channels)
+    _join(products.movedim(2, 0), columns[..., 0, :], columns[..., 1, :])
+    y = y.unflatten(2, (height, 2))
+    _join(columns.flatten(4, 5).movedim(1, 0), y[:, :, :, 0], y[:, :, :, 1])
 
 
 def _split(x: torch.Tensor, y: torch.Tensor, dim: int) -> None:

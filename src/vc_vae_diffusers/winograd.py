@@ -86,9 +86,12 @@ def matrices(points: tuple[float, ...]) -> tuple[Matrix, Matrix, Matrix]:
     return frames, kernel, products
 
 
-def combine(matrix: Matrix, parts: torch.Tensor) -> torch.Tensor:
-    """Linear combinations of `parts`, `(columns, ...)` to `(rows, ...)`."""
-    return (parts.new_tensor(matrix) @ parts.flatten(1)).unflatten(1, parts.shape[1:])
+def combine(matrix: Matrix, parts: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Linear combinations of `parts`, `(columns, ...)` to `(rows, ...)`, written into `out` if there is one."""
+    if out is None:
+        return (parts.new_tensor(matrix) @ parts.flatten(1)).unflatten(1, parts.shape[1:])
+    torch.mm(parts.new_tensor(matrix), parts.flatten(1), out=out.view(len(out), -1))
+    return out
 
 
 def transform_kernel(kernel: torch.Tensor, bias: torch.Tensor | None, padding: int) -> tuple[FrameConv, ...]:
