@@ -54,9 +54,12 @@ def test_packed_kernels_give_what_plain_ones_give(dtype, stride, size):
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_adding_in_place(dtype, packed):
-    conv, frames = convolution(dtype), frames_like(2, 3, 8, 10, 5, dtype=dtype)
+@pytest.mark.parametrize(("size", "bias"), [(3, True), (1, True), (1, False)])
+def test_adding_in_place(dtype, packed, size, bias):
+    conv, frames = convolution(dtype, size=size), frames_like(2, 3, 8, 10, 5, dtype=dtype)
     expected = expected_of(conv, frames)
+    if not bias:
+        expected, conv.bias = expected - conv.bias.double(), None
     if packed:
         conv.pack()
     start = frames_like(2, 3, 8, 10, 6, dtype=dtype)

@@ -4,7 +4,8 @@ All operators of the model come down to these. A fused kernel is packed for oneD
 CPUs: put into the order in which its kernels read weights. Otherwise that happens at every call, and where images are small
 it takes as long as the convolution. A packed convolution can also add to what its output holds before rounding, which saves
 a pass over memory and a rounding. PyTorch packs so itself when `torch.compile` freezes a model; the operators it uses are
-private, so that everything here works without them too (`can_pack`).
+private, so that everything here works without them too (`can_pack`). Kernels of one pixel are matrices on CPUs instead,
+which need no packing: packed ones are 50 times slower on frames of other sizes than they were packed for.
 
 Frames are `(..., H, W, C)` here, channels last.
 """
@@ -17,7 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import is_fake
 
-# The order that oneDNN chooses depends on the size of the frames; the one for this size serves all that were tried.
+# The order that oneDNN chooses depends on the size of the frames; for kernels of more than a pixel, the one for this size
+# serves all that were tried.
 _PACKED_FOR = 64
 
 
@@ -54,12 +56,14 @@ class FrameConv:
         self.packed = False
 
     def pack(self) -> "FrameConv":
-        """Make ready for inference, in place: packed where that can be, in `channels_last` elsewhere.
+        """Make ready for inference, in place: a matrix or packed where that can be, in `channels_last` elsewhere.
 
         A packed kernel has neither gradients nor a layout that `torch.compile`, autocast or pickle know.
         """
         self.weight = self.weight.detach().contiguous(memory_format=torch.channels_last)
-        if can_pack(self.weight):
+        if self.weight.device.type == "cpu" and self.weight.shape[2:] == (1, 1) and self.stride == [1, 1]:
+            self.weight = self.weight.flatten(1).T.contiguous()  # (in, out)
+        elif can_pack(self.weight):
             size = [1, self.weight.shape[1], _PACKED_FOR, _PACKED_FOR]
             arguments = (self.padding, self.stride, [1, 1], 1, size)
             self.weight = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *arguments)
@@ -68,6 +72,10 @@ class FrameConv:
 
     def __call__(self, frames: torch.Tensor) -> torch.Tensor:
         """Convolve frames `(..., H, W, C)` to `(..., H', W', C_out)`."""
+        if self.weight.ndim == 2:
+            # `F.linear` takes frames that are cut from larger ones for a batch, with a copy of the matrix for each.
+            y = F.linear(_pixels(frames), self.weight.T, self.bias)
+            return y.unflatten(0, frames.shape[:-1])
         x = _folded(frames)
         if self.packed:
             arguments = (self.padding, self.stride, [1, 1], 1, "none", [], "")
@@ -80,6 +88,9 @@ class FrameConv:
         """Return `y` plus the convolution of frames; without gradients the sum takes y's place in memory."""
         if torch.is_grad_enabled():
             return y + self(frames)
+        if self.weight.ndim == 2 and self.bias is None and y.is_contiguous():
+            torch.addmm(_pixels(y), _pixels(frames), self.weight, out=_pixels(y))
+            return y
         if not (self.packed and y.is_contiguous()):
             return y.add_(self(frames))
         arguments = (self.padding, self.stride, [1, 1], 1, "add", 1.0, None, [], None)
@@ -90,6 +101,11 @@ class FrameConv:
 def _folded(frames: torch.Tensor) -> torch.Tensor:
     """`(..., H, W, C)` as `(N, C, H, W)`."""
     return frames.flatten(0, -4).movedim(-1, 1)
+
+
+def _pixels(frames: torch.Tensor) -> torch.Tensor:
+    """`(..., C)` as `(pixels, C)`."""
+    return frames.reshape(-1, frames.shape[-1])
 
 
 class KernelLayer(nn.Module):
