@@ -24,6 +24,7 @@ from torch import nn
 from .auto_map import PublishedModelMixin
 from .blocks import Cache, Decoder, Encoder, TemporalDesign
 from .frame_conv import KernelLayer
+from .frame_groups import FrameGroups, repeat_frames
 from .image_vae import HUB_OPTIONS, inflate, read_image_vae
 from .memory_plan import MemoryPlan, apply_plan, plan
 from .tdc import per_frame
@@ -118,6 +119,7 @@ class AutoencoderKLVCVAE(PublishedModelMixin, ModelMixin, AutoencoderMixin, Conf
         self.temporal_compression_ratio = 2 ** sum(temporal_downsample)
         self.spatial_compression_ratio = 2 ** (len(block_out_channels) - 1)
         self.temperal_downsample = temporal_downsample
+        self.groups = FrameGroups(self.temporal_compression_ratio, first_frame, frame_convention)
         shift = 0.0 if shift_factor is None else shift_factor
         self.register_to_config(
             latents_mean=[shift] * latent_channels if latents_mean is None else list(latents_mean),
@@ -235,27 +237,12 @@ class AutoencoderKLVCVAE(PublishedModelMixin, ModelMixin, AutoencoderMixin, Conf
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
         ups = [block.temporal_upsampler for block in self.decoder.up_blocks if block.temporal_upsampler is not None]
-        return self._static_images and self.config.first_frame == "in_sequence" and all(up.repeats() for up in ups)
-
-    @property
-    def _front_padded(self) -> bool:
-        return self.config.first_frame == "in_sequence" and self.config.frame_convention == "4k+1"
-
-    def _missing_frames(self, num_frames: int) -> int:
-        """How many frames are repeated to make whole groups of `num_frames`."""
-        alone = 1 if self.config.first_frame == "separate" else 0
-        return (alone - num_frames) % self.temporal_compression_ratio
-
-    def _pad(self, x: torch.Tensor, missing: int, front: bool) -> torch.Tensor:
-        if missing == 0:
-            return x
-        repeated = (x[:, :, :1] if front else x[:, :, -1:]).expand(-1, -1, missing, -1, -1)
-        return torch.cat([repeated, x] if front else [x, repeated], dim=2)
+        return self._static_images and not self.groups.alone and all(up.repeats() for up in ups)
 
     def _chunks(self, network: Encoder | Decoder, x: torch.Tensor, frames: int, group: int, start: bool) -> list[int]:
         """Sizes of the chunks in which `frames` frames made of x, whole groups of `group`, go through the network."""
         sizes = []
-        if start and self.config.first_frame == "separate":
+        if start and self.groups.alone:
             sizes.append(1)
             frames -= 1
         # With gradients all activations are kept anyway, and one chunk is fastest; checkpointing keeps few of them.
@@ -292,11 +279,11 @@ class AutoencoderKLVCVAE(PublishedModelMixin, ModelMixin, AutoencoderMixin, Conf
 
     def _encode_groups(self, x: torch.Tensor, cache: Cache, parts: FrameBuffer, missing: int = 0) -> Cache:
         """Encode x, with `missing` frames repeated to make whole groups, chunk by chunk into `parts`, at one extent."""
-        front = missing if self._front_padded else 0
+        front = missing if self.groups.front_padded else 0
         frames, done = x.shape[2] + missing, -front
         for size in self._chunks(self.encoder, x, frames, self.temporal_compression_ratio, start=cache is None):
             chunk = x[:, :, max(done, 0) : done + size]
-            chunk = self._pad(chunk, size - chunk.shape[2], front=front > 0)
+            chunk = repeat_frames(chunk, size - chunk.shape[2], front=front > 0)
             moments, cache = self.encoder(chunk.contiguous(memory_format=torch.channels_last_3d), cache)
             if self.quant_conv is not None:
                 moments = per_frame(self.quant_conv, moments)
@@ -306,7 +293,7 @@ class AutoencoderKLVCVAE(PublishedModelMixin, ModelMixin, AutoencoderMixin, Conf
 
     def _decode_groups(self, z: torch.Tensor, cache: Cache, parts: FrameBuffer, static: bool = False) -> Cache:
         """Decode latent frames, chunk by chunk into `parts`, at one spatial extent; a `static` one to a single frame."""
-        alone = cache is None and (static or self.config.first_frame == "separate")
+        alone = cache is None and (static or self.groups.alone > 0)
         for chunk in z.split(self._chunks(self.decoder, z, z.shape[2], 1, start=cache is None), dim=2):
             if self.post_quant_conv is not None:
                 chunk = per_frame(self.post_quant_conv, chunk)
@@ -347,7 +334,7 @@ class AutoencoderKLVCVAE(PublishedModelMixin, ModelMixin, AutoencoderMixin, Conf
         self, z: torch.Tensor, cache: Cache, tiled: bool, keep_cache: bool, static: bool = False
     ) -> tuple[torch.Tensor, Cache]:
         cells = z.shape[3:]
-        alone = 1 if cache is None and (static or self.config.first_frame == "separate") else 0
+        alone = 1 if cache is None and (static or self.groups.alone) else 0
         total = (z.shape[2] - alone) * self.temporal_compression_ratio + alone
         if not tiled or self.tile_grid.covers(*cells):
             parts = FrameBuffer(total)
@@ -364,7 +351,7 @@ class AutoencoderKLVCVAE(PublishedModelMixin, ModelMixin, AutoencoderMixin, Conf
         """Encode a clip to moments, `(B, 2 * latent_channels, ceil(T / r_t), H / r_s, W / r_s)`."""
         self._check_video(x, "x", self.config.in_channels, self.spatial_compression_ratio)
         static = x.shape[2] == 1 and self._static_images
-        missing = 0 if static else self._missing_frames(x.shape[2])
+        missing = 0 if static else self.groups.missing(x.shape[2])
         return self._encode_region(x, None, self.use_tiling, keep_cache=False, missing=missing)[0]
 
     def _decode(self, z: torch.Tensor, num_frames: int | None = None) -> torch.Tensor:
@@ -374,23 +361,9 @@ class AutoencoderKLVCVAE(PublishedModelMixin, ModelMixin, AutoencoderMixin, Conf
         frames, _ = self._decode_region(z, None, self.use_tiling, keep_cache=False, static=static)
         if static:
             frames = frames.expand(-1, -1, self.temporal_compression_ratio, -1, -1)
-        skip, keep = self._kept_frames(frames.shape[2], num_frames)
+        skip, keep = self.groups.kept(frames.shape[2], num_frames)
         frames = frames[:, :, skip : skip + keep]
         return frames.contiguous(memory_format=torch.channels_last_3d) if static else frames
-
-    def _kept_frames(self, total: int, num_frames: int | None) -> tuple[int, int]:
-        """How many of `total` decoded frames are dropped at the start, and how many are kept then."""
-        # How often "4k+1" repeated the first frame follows from the clip's own length: another one would cut real frames.
-        fewest = total - self.temporal_compression_ratio + 1 if self._front_padded else 1
-        if num_frames is not None and not fewest <= num_frames <= total:
-            raise ValueError(
-                f"num_frames is {num_frames}, the latents are of a clip of {fewest} to {total} frames: pass its own length, "
-                "or None for all"
-            )
-        if not self._front_padded:
-            return 0, total if num_frames is None else num_frames
-        skip = self.temporal_compression_ratio - 1 if num_frames is None else total - num_frames
-        return skip, total - skip
 
     @apply_forward_hook
     def encode(self, x: torch.Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
@@ -475,19 +448,9 @@ class AutoencoderKLVCVAE(PublishedModelMixin, ModelMixin, AutoencoderMixin, Conf
             ValueError: for a wrong shape, or frames that do not make whole groups.
         """
         self._check_video(frames, "frames", self.config.in_channels, self.spatial_compression_ratio)
-        missing = self._missing_frames(frames.shape[2]) if cache is None and self._front_padded else 0
-        self._check_groups(frames.shape[2] + missing, start=cache is None)
+        missing = self.groups.missing(frames.shape[2]) if cache is None and self.groups.front_padded else 0
+        self.groups.check_chunk(frames.shape[2] + missing, start=cache is None)
         return self._encode_region(frames, cache, self.use_tiling, keep_cache=True, missing=missing)
-
-    def _check_groups(self, num_frames: int, start: bool) -> None:
-        alone = 1 if start and self.config.first_frame == "separate" else 0
-        ratio = self.temporal_compression_ratio
-        if num_frames < alone or (num_frames - alone) % ratio != 0:
-            rule = f"{alone} + {ratio}*n" if alone else f"a multiple of {ratio}"
-            raise ValueError(
-                f"frames has {num_frames} frames, a chunk must have {rule}: use encode_stream, which takes any lengths, or "
-                "encode, which pads the clip"
-            )
 
     @apply_forward_hook
     def decode_chunk(self, latents: torch.Tensor, cache: Cache = None) -> tuple[torch.Tensor, Cache]:
@@ -506,7 +469,7 @@ class AutoencoderKLVCVAE(PublishedModelMixin, ModelMixin, AutoencoderMixin, Conf
         self._check_video(latents, "latents", self.config.latent_channels, 1)
         frames, next_cache = self._decode_region(latents, cache, self.use_tiling, keep_cache=True)
         if cache is None:
-            frames = frames[:, :, self._kept_frames(frames.shape[2], None)[0] :]
+            frames = frames[:, :, self.groups.kept(frames.shape[2], None)[0] :]
         return frames, next_cache
 
     def encode_stream(
@@ -533,11 +496,13 @@ class AutoencoderKLVCVAE(PublishedModelMixin, ModelMixin, AutoencoderMixin, Conf
                 continue
             self._check_video(chunk, "frames", self.config.in_channels, self.spatial_compression_ratio)
             seen += chunk.shape[2]
-            if pending is None and self._front_padded:
-                chunk = self._pad(chunk, ratio - 1 if num_frames is None else self._missing_frames(num_frames), front=True)
+            if pending is None and self.groups.front_padded:
+                chunk = repeat_frames(
+                    chunk, ratio - 1 if num_frames is None else self.groups.missing(num_frames), front=True
+                )
             pending = chunk if pending is None else torch.cat([pending, chunk], dim=2)
             done = 0
-            while (ready := self._frames_ready(pending.shape[2] - done, start=cache is None)) > 0:
+            while (ready := self.groups.ready(pending.shape[2] - done, cache is None, self.groups_per_chunk)) > 0:
                 moments, cache = self._next_groups(pending[:, :, done : done + ready], cache)
                 done += ready
                 yield DiagonalGaussianDistribution(moments)
@@ -547,20 +512,13 @@ class AutoencoderKLVCVAE(PublishedModelMixin, ModelMixin, AutoencoderMixin, Conf
         if num_frames is not None and seen != num_frames:
             raise ValueError(f"num_frames is {num_frames}, the stream had {seen} frames: pass the true number")
         if pending.shape[2] > 0:
-            if self._front_padded:
+            if self.groups.front_padded:
                 raise ValueError(
                     f"the stream had {seen} frames, not 1 + {ratio}*k as frame_convention '4k+1' takes a stream of unknown "
                     "length to have: pass num_frames"
                 )
-            pending = self._pad(pending, -pending.shape[2] % ratio, front=False)
+            pending = repeat_frames(pending, -pending.shape[2] % ratio, front=False)
             yield DiagonalGaussianDistribution(self._next_groups(pending, cache)[0])
-
-    def _frames_ready(self, pending: int, start: bool) -> int:
-        """How many pending frames of a stream make the next chunk, 0 if the next group is not complete."""
-        if start and self.config.first_frame == "separate":
-            return min(pending, 1)
-        ratio = self.temporal_compression_ratio
-        return min(pending // ratio, self.groups_per_chunk) * ratio
 
     @apply_forward_hook
     def _next_groups(self, frames: torch.Tensor, cache: Cache) -> tuple[torch.Tensor, Cache]:
@@ -594,8 +552,8 @@ class AutoencoderKLVCVAE(PublishedModelMixin, ModelMixin, AutoencoderMixin, Conf
                     return
                 start = cache is None
                 frames, cache = self._next_frames(part, cache)
-                if start and self._front_padded:
-                    missing = self._missing_frames(1 if num_frames is None else num_frames)
+                if start and self.groups.front_padded:
+                    missing = self.groups.missing(1 if num_frames is None else num_frames)
                     frames = frames[:, :, missing:]
                 if num_frames is not None:
                     frames = frames[:, :, : num_frames - given]
@@ -608,7 +566,7 @@ class AutoencoderKLVCVAE(PublishedModelMixin, ModelMixin, AutoencoderMixin, Conf
             raise ValueError(f"num_frames is {num_frames}, the stream of latents held {given} frames: pass at most that")
 
     def _check_nothing_follows(self, num_frames: int) -> None:
-        if self._front_padded:
+        if self.groups.front_padded:
             raise ValueError(
                 f"num_frames is {num_frames}, the stream holds latents of a longer clip, whose first frame frame_convention "
                 "'4k+1' repeated another number of times: pass its own length, or None for all"
@@ -693,7 +651,7 @@ class AutoencoderKLVCVAE(PublishedModelMixin, ModelMixin, AutoencoderMixin, Conf
             standard deviation of the whole ones; `sample_max` and `sample_psnr` (dB, peak-to-peak 2) of the decoded frames.
         """
         self._check_video(video, "video", self.config.in_channels, self.spatial_compression_ratio)
-        missing = self._missing_frames(video.shape[2])
+        missing = self.groups.missing(video.shape[2])
         whole, tiled = (
             self._encode_region(video, None, tiling, False, missing)[0].chunk(2, dim=1)[0] for tiling in (False, True)
         )

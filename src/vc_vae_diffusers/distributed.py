@@ -157,10 +157,9 @@ def split_segments(vae: AutoencoderKLVCVAE, num_frames: int, gop_size: int) -> l
     for name, value in (("num_frames", num_frames), ("gop_size", gop_size)):
         if value < 1:
             raise ValueError(f"{name} is {value}: pass at least 1")
-    group, config = vae.temporal_compression_ratio, vae.config
-    alone = 1 if config.first_frame == "separate" else 0
+    group, alone = vae.groups.size, vae.groups.alone
     length = alone + group * (gop_size - alone)
-    front = -num_frames % group if not alone and config.frame_convention == "4k+1" else 0
+    front = vae.groups.missing(num_frames) if vae.groups.front_padded else 0
     segments: list[Segment] = []
     for start in range(-front, num_frames, length):
         frames = slice(max(start, 0), min(start + length, num_frames))
@@ -172,11 +171,11 @@ def split_segments(vae: AutoencoderKLVCVAE, num_frames: int, gop_size: int) -> l
 
 def frames_of_segments(vae: AutoencoderKLVCVAE, latent_frames: int, gop_size: int) -> int:
     """The frames that segments of so many latent frames in all decode to when `num_frames` is not given."""
-    group, config = vae.temporal_compression_ratio, vae.config
-    if config.first_frame == "separate":
+    group = vae.groups.size
+    if vae.groups.alone:
         whole, rest = divmod(latent_frames, gop_size)
         return whole * (1 + group * (gop_size - 1)) + (1 + group * (rest - 1) if rest else 0)
-    return group * latent_frames - (group - 1 if config.frame_convention == "4k+1" else 0)
+    return group * latent_frames - (group - 1 if vae.groups.front_padded else 0)
 
 
 def _segments_of_latents(

@@ -49,9 +49,9 @@ from .frame_conv import KernelLayer
 from .tiling import TileGrid
 
 # Highest sum of small tensors to the size of the heap that held them.
-HEAP_FACTOR = 1.75
+HEAP_FACTOR = 1.4
 # What the first encoding or decoding adds to a process for good: code of the libraries, kernels made for this processor.
-FIRST_USE_BYTES = 40 * 2**20
+FIRST_USE_BYTES = 24 * 2**20
 # Tensors from this size on are mapped one by one and given back at once (glibc's M_MMAP_THRESHOLD at its maximum).
 MAPPED_BYTES = 32 * 2**20
 # What a CUDA context takes beside torch's allocator, where none exists yet to ask. Assumed: 0.3 to 0.6 GB are usual.
@@ -253,7 +253,7 @@ class MemoryEstimator:
             raise ValueError("vae is on the meta device: pass device, 'cpu' or 'cuda', where it is to be used")
         self.device = _checked_device(vae.device if device is None else device)
         self.dtype = vae.dtype if dtype is None else dtype
-        self.config, self.heap_factor = vae.config, heap_factor
+        self.config, self.groups, self.heap_factor = vae.config, vae.groups, heap_factor
         self.group, self.ratio = vae.temporal_compression_ratio, vae.spatial_compression_ratio
         self.runtime = _runtime_bytes(vae, self.device) if runtime is None else runtime
         self._mode = FakeTensorMode()
@@ -359,7 +359,7 @@ class MemoryEstimator:
         scale = self.group if operation == "encode" else 1
         if num_frames == 1 and operation == "encode":
             return (1,)
-        alone = 1 if self.config.first_frame == "separate" else 0
+        alone = self.groups.alone
         left = 2 * groups_per_chunk if num_frames is None else -(-(num_frames - alone) // self.group)
         lengths = [1] * alone
         while left > 0 and len(lengths) < alone + 2:
@@ -382,7 +382,7 @@ class MemoryEstimator:
             for length in lengths:
                 x = torch.empty((batch, channels, length, *size), device=self.device, dtype=self.dtype)
                 with live:
-                    if encodes and length == 1 and self.config.first_frame == "in_sequence":
+                    if encodes and length == 1 and not self.groups.alone:
                         self._vae.encode(x)  # an image
                     else:
                         step = self._vae.encode_chunk if encodes else self._vae.decode_chunk
