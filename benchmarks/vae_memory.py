@@ -180,7 +180,7 @@ _GRID = [
     ("vcvae-medium", "whole", 8, (128, 128), 1, "float32"),
     ("vcvae-medium", "whole", 8, (160, 160), 1, "bfloat16"),
 ]
-_FACTORS = (1.25, 1.5, 1.625, 1.75, 1.875, 2.0, 2.25)
+_FACTORS = (1.25, 1.4, 1.5, 1.75, 2.0)
 
 
 def calibrate(options: argparse.Namespace) -> dict[str, Any]:

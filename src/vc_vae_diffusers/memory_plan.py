@@ -19,8 +19,8 @@ arithmetic. All in bytes:
 On the CPU the traced peak is not the plain sum of live bytes. glibc takes tensors under 32 MiB from a heap that it seldom
 gives back and returns larger ones at once, so that a process holds the *highest* sum of small tensors so far, times
 `HEAP_FACTOR`, plus the large tensors of the moment. The factor is for holes: an aligned block asks for a little more than it
-keeps, so that the hole a tensor leaves is just too small for the next one of its size. The heap grew to 1.3 times the live
-bytes over two chunks and 2.3 times over sixteen. The model's layers allocate nothing else that counts.
+keeps, so that the hole a tensor leaves is just too small for the next one of its size. The model's layers allocate nothing
+else that counts.
 
 `HEAP_FACTOR` and `FIRST_USE_BYTES` are the two calibrated numbers: `python benchmarks/vae_memory.py --calibrate` measures
 both over a grid of small sizes. On CUDA the sum of live bytes is what `torch.cuda.max_memory_allocated` reports.
