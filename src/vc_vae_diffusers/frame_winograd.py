@@ -19,7 +19,7 @@ from .winograd import Algorithm, combine
 
 # Fewer channels than this leave too little to gain for what the transforms cost.
 MIN_CHANNELS = 128
-# The combinations of frames that are worked off as one block, in bytes.
+# The combinations of frames that are worked off as one block, or their products, in bytes.
 BLOCK_BYTES = 8 * 2**20
 
 _OF_KERNEL = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
@@ -80,7 +80,7 @@ def convolve(
     count, height, width, channels = frames[0].shape
     out_channels, products, size = matrices.shape[-1], len(algorithm.frames), len(algorithm.products)
     y = matrices.new_empty(count, size, height, width, out_channels)
-    for clip, rows in _blocks(count, height, width, products * channels * matrices.itemsize):
+    for clip, rows in _blocks(count, height, width, products * max(channels, out_channels) * matrices.itemsize):
         padded = _padded([frame[clip] for frame in frames], rows)
         n, lines = len(padded[0]), rows.stop - rows.start
         combined = workspace.tensor("combined", y, products, n, lines + 2, width + 2, channels)
