@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from vc_vae_diffusers import AutoencoderKLVCVAE, ImageVAE, inflate, read_image_vae
-from vc_vae_diffusers.hub import CardContent, save_for_hub
-from vc_vae_diffusers.image_vae import InflationReport
+from vc_vae_diffusers.autoencoder.image_vae import InflationReport
+from vc_vae_diffusers.publishing.hub import CardContent, save_for_hub
 
 COMPRESSIONS = {"4x8x8": (False, True, True), "8x8x8": (True, True, True)}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

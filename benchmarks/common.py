@@ -122,7 +122,8 @@ def load(name: str, device: str, dtype: torch.dtype) -> diffusers.ModelMixin:
     if name not in MODELS:
         raise ValueError(f"model is {name!r}: choose from {', '.join(MODELS)}")
     torch.manual_seed(0)
-    vae = MODELS[name].build().eval().requires_grad_(False)
+    with torch.device(device):
+        vae = MODELS[name].build().eval().requires_grad_(False)
     for parameter in vae.parameters():  # `to` would warn for classes that list modules for float32
         parameter.data = parameter.data.to(device=device, dtype=dtype)
     for module in vae.modules():
@@ -214,7 +215,13 @@ class Worker:
         self._process = context.Process(target=_serve, args=(other, factory, arguments, threads), daemon=True)
         self._process.start()
         other.close()
-        self.answer()  # the object is there
+        self._started = False
+
+    def wait(self) -> None:
+        """Wait until the object is there: workers that are made one after the other start side by side."""
+        if not self._started:
+            self._started = True
+            self.answer()
 
     def call(self, method: str, *arguments: Any) -> Any:
         """Run a method there and wait for its result.
@@ -227,6 +234,7 @@ class Worker:
 
     def ask(self, method: str, *arguments: Any) -> None:
         """Have a method run there, and do not wait: `answer` does."""
+        self.wait()
         self._connection.send((method, arguments))
 
     def answer(self) -> Any:

@@ -13,9 +13,9 @@ from diffusers import ModelMixin
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vc_vae_diffusers.autoencoder_kl_vcvae import AutoencoderKLVCVAE
-from vc_vae_diffusers.blocks import MidBlock, ResnetBlock
-from vc_vae_diffusers.tdc import GroupCausalConv3d, TemporalConv3d
+from vc_vae_diffusers.autoencoder.autoencoder_kl_vcvae import AutoencoderKLVCVAE
+from vc_vae_diffusers.autoencoder.blocks import MidBlock, ResnetBlock
+from vc_vae_diffusers.operators.tdc import GroupCausalConv3d, TemporalConv3d
 
 _LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
 

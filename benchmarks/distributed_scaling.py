@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Time of one video on several processes against one, by tiles and by segments (`vc_vae_diffusers.distributed`).
+"""Time of one video on several processes against one, by tiles and by segments (`vc_vae_diffusers.autoencoder.distributed`).
 
 The groups of processes wait side by side, and one of them at a time works, round after round. Each process has the same
 number of threads (`--threads`), so that n processes are to be n times as fast. The results of all groups are compared.
@@ -38,7 +38,7 @@ from common import (
     warn_if_busy,
 )
 
-from vc_vae_diffusers.distributed import decode_segments, distribute_tiles, encode_segments
+from vc_vae_diffusers.autoencoder.distributed import decode_segments, distribute_tiles, encode_segments
 
 SPLITS = ("tiles", "segments")
 

@@ -32,8 +32,8 @@ from common import (
 )
 from diffusers import AutoencoderKL
 
-from vc_vae_diffusers.autoencoder_kl_vcvae import AutoencoderKLVCVAE
-from vc_vae_diffusers.blocks import TemporalUpsample
+from vc_vae_diffusers.autoencoder.autoencoder_kl_vcvae import AutoencoderKLVCVAE
+from vc_vae_diffusers.autoencoder.blocks import TemporalUpsample
 
 MODELS = ("image VAE", "VC-VAE")
 FLUX = {

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from common import DTYPES, add_common_options, console, environment, parse_size, plain, report, table
 
-from vc_vae_diffusers.commands.demo import write_test_pattern
-from vc_vae_diffusers.commands.shared import load_model, model_name
+from vc_vae_diffusers.cli.models import load_model, model_name
 from vc_vae_diffusers.metrics.frame import psnr
 from vc_vae_diffusers.video import read_clip
+from vc_vae_diffusers.video.samples import write_test_pattern
 
 
 def clip_of(video: Path | None, frames: int, size: tuple[int, int]) -> torch.Tensor:

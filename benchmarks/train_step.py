@@ -2,8 +2,9 @@
 """Time and peak memory of a training step, gradient checkpointing off and on, VC-VAE beside HunyuanVideo's VAE.
 
 A step is what `examples/train_vcvae.py` does in Stage I without LPIPS: encode, sample, decode, L1 + 1e-8 KL, backward,
-AdamW; float32 weights, optionally bfloat16 autocast. Every measurement is a fresh process with one step to warm up; rounds
-go over all models and settings before the next one starts, A B C A B C.
+AdamW; float32 weights, optionally bfloat16 autocast. Every measurement is a fresh process with one step to warm up (on CUDA
+this process, whose allocator counts what is measured); rounds go over all models and settings before the next one starts,
+A B C A B C.
 
     python benchmarks/train_step.py --size 64x64 --frames 16 --json train_step.json
     python benchmarks/train_step.py --device cuda --precision bfloat16 --size 256x256 --batch 1 --rounds 5
@@ -95,22 +96,15 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         console(
             f"round {i + 1} of {options.rounds}: {row['model']}, checkpointing {'on' if row['checkpointing'] else 'off'}"
         )
+        arguments = (row["model"], row["checkpointing"], options.frames, options.size, options.batch, options.device)
+        arguments += (options.precision, options.steps)
         try:
-            row["runs"].append(
-                run_fresh(
-                    train_steps,
-                    row["model"],
-                    row["checkpointing"],
-                    options.frames,
-                    options.size,
-                    options.batch,
-                    options.device,
-                    options.precision,
-                    options.steps,
-                    threads=options.threads,
-                )
-            )
-        except WorkerError as error:  # out of memory is a result as well
+            if torch.device(options.device).type == "cuda":
+                row["runs"].append(train_steps(*arguments))
+                torch.cuda.empty_cache()
+            else:
+                row["runs"].append(run_fresh(train_steps, *arguments, threads=options.threads))
+        except (WorkerError, torch.cuda.OutOfMemoryError) as error:  # out of memory is a result as well
             row["error"] = str(error).strip().splitlines()[-1]
     for row in rows:
         if row["runs"]:

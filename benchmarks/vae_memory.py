@@ -3,7 +3,7 @@
 
 Modes of VC-VAE: `whole`, one call with the clip; `streamed`, `encode_stream` and `decode_stream` over chunks that are made
 as they are asked for; `tiled`, one call with `enable_tiling`. Peers run whole, and tiled as `enable_tiling()` tiles them.
-Beside each measurement of a VC-VAE stands the estimate of `vc_vae_diffusers.memory_plan`.
+Beside each measurement of a VC-VAE stands the estimate of `vc_vae_diffusers.autoencoder.memory_plan`.
 
     python benchmarks/vae_memory.py --frames 16 64 256 1024 --size 64x64 128x128 256x256 --json memory.json
     python benchmarks/vae_memory.py --device cuda --dtype bfloat16 --size 256x256 480x832 720x1280 --models vcvae-4x8x8 wan
@@ -42,7 +42,7 @@ from common import (
     table,
 )
 
-from vc_vae_diffusers.memory_plan import FIRST_USE_BYTES, HEAP_FACTOR, MemoryEstimator
+from vc_vae_diffusers.autoencoder.memory_plan import FIRST_USE_BYTES, HEAP_FACTOR, MemoryEstimator
 
 MODES = ("whole", "streamed", "tiled")
 # Frames that come at once in a stream.

@@ -71,9 +71,16 @@ class Bench:
     """One model in a worker process, with the inputs and the convolutions of the size at hand."""
 
     def __init__(
-        self, name: str, device: str, dtype: str, groups_per_chunk: int, compiled: bool, formats: tuple[str, ...] = FORMATS
+        self,
+        name: str,
+        device: str,
+        dtype: str,
+        groups_per_chunk: int,
+        compiled: bool,
+        formats: tuple[str, ...] = FORMATS,
+        cudnn_benchmark: bool = False,
     ):
-        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark = cudnn_benchmark
         self.name, self.device, self.dtype = name, device, DTYPES[dtype]
         self.vae = load(name, device, self.dtype)
         self.compiled = compiled
@@ -153,6 +160,16 @@ class Bench:
         return time.perf_counter() - start
 
     @torch.inference_mode()
+    def peak(self, operation: str) -> dict[str, int]:
+        """Bytes with the model and at the peak of one run, on a device whose allocator counts them itself."""
+        self.limits.clear()
+        reset_peak(self.device)
+        loaded = memory_bytes(self.device)
+        run(self.vae, operation, self.inputs[operation])
+        synchronize(self.device)
+        return {"imported": 0, "loaded": loaded, "peak": memory_bytes(self.device, peak=True)}
+
+    @torch.inference_mode()
     def time_limit(self, operation: str) -> float:
         """Seconds of one run of the convolutions alone."""
         synchronize(self.device)
@@ -210,7 +227,10 @@ def measure(options: argparse.Namespace, workers: dict[str, Worker], dtype: str,
             console(f"{dtype} {height}x{width} {frames} frames: memory of {name}")
             arguments = (frames, height, width, options.device, dtype, options.groups_per_chunk)
             for operation in OPERATIONS:
-                memory = run_fresh(peak_memory, name, operation, *arguments, threads=options.threads)
+                if torch.device(options.device).type == "cuda":
+                    memory = workers[name].call("peak", operation)
+                else:
+                    memory = run_fresh(peak_memory, name, operation, *arguments, threads=options.threads)
                 model[operation]["memory"] = memory
         del model["flops"], model["direct_flops"]
     return {
@@ -294,6 +314,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         default="fastest",
         help="memory format of the peers; contiguous is how diffusers loads them",
     )
+    parser.add_argument(
+        "--cudnn-benchmark", action="store_true", help="have cuDNN try its algorithms; PyTorch's default is not"
+    )
     parser.add_argument("--compile", action="store_true", help="compile encoder and decoder of all models")
     parser.add_argument("--no-limits", dest="limits", action="store_false", help="leave the convolutions alone out")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave peak memory out")
@@ -312,6 +335,7 @@ def main(arguments: list[str] | None = None) -> None:
                 console(f"{dtype}: building {name}")
                 formats = FORMATS if options.peer_format == "fastest" else (options.peer_format,)
                 arguments = (name, options.device, dtype, options.groups_per_chunk, options.compile, formats)
+                arguments += (options.cudnn_benchmark,)
                 workers[name] = Worker(Bench, *arguments, threads=options.threads)
             for size in options.size:
                 for frames in options.frames:

@@ -12,7 +12,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vc_vae_diffusers import data as vdata
+from vc_vae_diffusers.training import clip_plan
+from vc_vae_diffusers.training import data as vdata
 from vc_vae_diffusers.video import VideoReader, VideoWriter
 
 
@@ -40,13 +41,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def cut_parts(files: list[str], span: list[float], short_side: int, output: Path) -> None:
     """Write the span of each video, at its own rate."""
-    for file in files:
+    for file, name in zip(files, vdata.distinct_names(files), strict=True):
         with VideoReader(file) as whole:
             frames, side = whole.count_frames(), min(whole.height, whole.width)
         start, stop = (round(share * frames) for share in span)
         resize = short_side if side > short_side else None
         with VideoReader(file, start=start, stop=stop, resize=resize) as reader:
-            path = output / f"{Path(file).stem}.mkv"
+            path = output / f"{name}.mkv"
             with VideoWriter(path, fps=reader.fps, codec="lossless") as writer:
                 for chunk in reader:
                     writer.write(chunk)
@@ -55,10 +56,10 @@ def cut_parts(files: list[str], span: list[float], short_side: int, output: Path
 def cut_clips(files: list[str], arguments: argparse.Namespace) -> None:
     """Write random clips, each named by its number."""
     side = arguments.resolution
-    bucket = vdata.Bucket(side, side, arguments.num_frames, arguments.fps, 1.0, 1, 1)
+    bucket = clip_plan.Bucket(side, side, arguments.num_frames, arguments.fps, 1.0, 1, 1)
     dataset = vdata.ClipDataset(files, [bucket], arguments.seed, flip=False)
     for index in range(arguments.clips):
-        item = dataset[vdata.ClipRequest(0, 0, index)]
+        item = dataset[clip_plan.ClipRequest(0, 0, index)]
         with VideoWriter(arguments.output / f"clip-{index:05d}.mkv", arguments.fps or 24, codec="lossless") as writer:
             writer.write(item["video"])
 

@@ -1,7 +1,7 @@
 """Turn trained weights into the folder that the package carries: float16, latent statistics, a model card with its results.
 
-    python examples/package_bundled.py --model runs/tiny_stage2/vae --data CLIPS_FOLDER --trained "…" \
-        [--results runs/eval/holdout-128.json ...] [--logs "Stage I=runs/tiny_stage1/log.jsonl" ...] \
+    python examples/package_bundled.py --model runs/bundled/stage1/vae --data CLIPS_FOLDER --trained FILE.md \
+        [--results runs/bundled/eval/holdout-128.json ...] [--logs "Stage I=runs/bundled/stage1/log.jsonl" ...] \
         --out src/vc_vae_diffusers/models/vcvae-tiny
 
 Results become the card's numbers, those of the model labelled SHIPPED, and tables that put it beside the other models; logs
@@ -19,15 +19,24 @@ import torch
 from PIL import Image
 
 from vc_vae_diffusers import AutoencoderKLVCVAE
-from vc_vae_diffusers.data import expand_patterns, find_files
+from vc_vae_diffusers.extras import install_hint
 from vc_vae_diffusers.files import write_whole
-from vc_vae_diffusers.hub import CardContent, MeasuredMetric, add_remote_code, read_json, write_json, write_model_card
-from vc_vae_diffusers.latent_stats import measure_latents, write_statistics
+from vc_vae_diffusers.publishing.hub import (
+    BUNDLED_USAGE,
+    CardContent,
+    MeasuredMetric,
+    add_remote_code,
+    read_json,
+    write_json,
+    write_model_card,
+)
+from vc_vae_diffusers.training.data import expand_patterns, find_files
+from vc_vae_diffusers.training.latent_stats import measure_latents, write_statistics
 
 CLIPS = Path(__file__).parent / "configs" / "tiny_clips.txt"
 SUMMARY = (
     "A tiny VC-VAE (4x8x8, 16 latent channels) that comes with the package so that its commands, tests and demo work "
-    "offline. It was trained on a CPU, on eight minutes of video, and is no measure of the method."
+    "offline. It was trained for five minutes on one GPU, on four minutes of video, and is no measure of the method."
 )
 DATA = (
     "52 short clips from public repositories under MIT, Apache-2.0, BSD, CC0, CC-BY or Unlicense, listed in "
@@ -44,8 +53,9 @@ METRICS = {
     "lpips_vgg": ("LPIPS (vgg)", ""),
 }
 LIMITS = (
-    "Blurry on fine texture, small text and fast motion; resolutions far from 64 to 256 pixels were not trained. Do not use "
-    "it for products or comparisons: inflate a full image VAE and train that."
+    "Fast motion blurs: four frames share the latents that an image VAE spends on one. Small text and fine texture soften. "
+    "Trained on few clips, at 128 to 288 pixels on the short side. Do not use it for products or comparisons: inflate a "
+    "full image VAE and train that."
 )
 
 
@@ -53,7 +63,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="folder of the trained VC-VAE")
     parser.add_argument("--data", type=Path, required=True, help="folder of the clips, for the latent statistics")
-    parser.add_argument("--trained", required=True, help="how it was trained, a paragraph for the card")
+    parser.add_argument("--trained", type=Path, required=True, help="how it was trained: Markdown for the card")
     parser.add_argument("--results", type=Path, nargs="*", default=[], help="result files of `vcvae evaluate`")
     parser.add_argument("--logs", nargs="*", default=[], metavar="NAME=FILE", help="log.jsonl of each run, in order")
     parser.add_argument("--out", type=Path, required=True)
@@ -116,6 +126,7 @@ def read_log(path: Path) -> tuple[list[tuple[int, float]], list[tuple[int, float
             losses[row["step"]] = row.get("loss", row.get("l1"))
         # train_image_vae.py calls the validation's PSNR psnr, train_vcvae.py calls so that of the training clips.
         quality = row.get("validation_psnr") if "validation_psnr" in row or "loss" in row else row.get("psnr")
+        quality = row.get("psnr_128", quality)  # train_bundled_gpu.py
         if quality is not None:
             qualities[row["step"]] = quality
     if not losses:
@@ -139,7 +150,7 @@ def draw_curves(logs: dict[str, Path]) -> bytes:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('--logs needs matplotlib: pip install "vc_vae_diffusers[eval]"') from error
+        raise ImportError(f"--logs needs matplotlib: {install_hint('eval')}") from error
     figure = Figure(figsize=(2.9 * len(logs), 4.6), dpi=90, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, len(logs), squeeze=False)
@@ -199,8 +210,8 @@ def main(argv: list[str] | None = None) -> None:
     config = read_json(fresh / "config.json")
     config.pop("_name_or_path", None)  # a folder of this machine
     write_json(fresh / "config.json", config)
-    add_remote_code(fresh)
-    training = args.trained
+    add_remote_code(fresh, carry=False)  # it is part of the package
+    training = args.trained.read_text().strip()
     if curves is not None:
         write_whole(fresh / CURVES, curves)
         training += f"\n\n![Training loss and PSNR on held-out clips]({CURVES})"
@@ -214,7 +225,7 @@ def main(argv: list[str] | None = None) -> None:
         metrics=metrics,
         comparison=beside,
     )
-    write_model_card(fresh, content, where="src/vc_vae_diffusers/models/vcvae-tiny")
+    write_model_card(fresh, content, use=BUNDLED_USAGE)
     shutil.rmtree(args.out, ignore_errors=True)
     os.replace(fresh, args.out)
 

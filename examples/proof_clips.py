@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from vc_vae_diffusers import data
+from vc_vae_diffusers.training import data
 from vc_vae_diffusers.video import VideoReader, VideoWriter, from_uint8
 
 MOVES = {  # of the camera, from the first frame to the last: centre (x, y), half width, degrees; -1 to 1 is the photograph

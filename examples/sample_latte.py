@@ -14,12 +14,12 @@ import json
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import tqdm
 
 from vc_vae_diffusers.files import write_whole
-from vc_vae_diffusers.latte_transformer import LatteAdaLNTransformer3DModel
-from vc_vae_diffusers.pipeline_latte import LatteVCVAEUnconditionalPipeline
+from vc_vae_diffusers.generation.latte_transformer import LatteAdaLNTransformer3DModel
+from vc_vae_diffusers.generation.pipeline_latte import LatteVCVAEUnconditionalPipeline
+from vc_vae_diffusers.processes import processes
 from vc_vae_diffusers.video import VideoWriter
 
 SUFFIXES = {"lossless": ".mkv", "h264": ".mp4"}
@@ -90,7 +90,7 @@ def record(arguments: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
-    state = PartialState()
+    state = processes(arguments.device)
     device = torch.device(arguments.device) if arguments.device else state.device
     with state.main_process_first():
         arguments.output.mkdir(parents=True, exist_ok=True)

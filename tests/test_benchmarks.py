@@ -10,14 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from vc_vae_diffusers.autoencoder_kl_vcvae import AutoencoderKLVCVAE
-from vc_vae_diffusers.frame_conv import FrameConv, KernelLayer
-from vc_vae_diffusers.tdc import TemporalConv3d
+from vc_vae_diffusers.autoencoder.autoencoder_kl_vcvae import AutoencoderKLVCVAE
+from vc_vae_diffusers.operators.evaluation import Direct, GroupEnds, KernelLayer, TwoTaps
+from vc_vae_diffusers.operators.evaluation.packing import FrameConv
+from vc_vae_diffusers.operators.tdc import TemporalConv3d
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-SCRIPTS = ["distributed_scaling", "image_speed", "precision", "train_step", "vae_memory", "vae_speed"]
+SCRIPTS = ["distributed_scaling", "gpu_estimate", "image_speed", "precision", "train_step", "vae_memory", "vae_speed"]
 TINY = {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4}
 
 
@@ -122,6 +124,59 @@ def test_train_step(tmp_path):
     for row in rows:
         assert row["step_seconds"] > 0
         assert row["peak_bytes"] > 0
+
+
+def test_gpu_estimate(tmp_path, capsys):
+    arguments = ("--models", "vcvae-tiny", "wan-tiny", "--size", 64, "--frames", 4)
+    made = results("gpu_estimate", tmp_path, *arguments, "--operation", "encode", "decode")
+    rows = {(row["model"], row["operation"]): row for row in made["rows"]}
+    assert len(rows) == 4
+    for row in rows.values():
+        assert row["ms_per_frame"] > 0
+        assert row["peak_live_bytes"] > 3 * 4 * 64 * 64
+        assert row["kinds"]["convolution"]["flops"] > 0
+        assert row["transfers_and_waits"] == {}
+    wan = load("common").load("wan-tiny", "cpu", torch.float32)
+    clip = torch.zeros(1, 3, 5, 64, 64)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        wan.encode(clip)
+    # PyTorch's counter knows no operations of attention on CPUs.
+    convolutions = counter.get_flop_counts()["Global"][torch.ops.aten.convolution]
+    assert rows["wan-tiny", "encode"]["kinds"]["convolution"]["flops"] == convolutions
+    shown = capsys.readouterr().out
+    assert "Estimated, nothing ran on a GPU" in shown
+    assert "790 TFLOP/s" in shown
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: gradients are counted")
+def test_gradients_are_counted_where_there_is_a_gpu(capsys):
+    with pytest.raises(SystemExit):
+        load("gpu_estimate").main(["--models", "vcvae-tiny", "--operation", "train"])
+    assert "only where it finds a GPU" in capsys.readouterr().err
+
+
+def test_what_a_convolution_takes_on_a_gpu():
+    estimate = load("gpu_estimate")
+    machine = estimate.Machine(tflops=100, share=0.5, bandwidth=1, launch=5)
+    assert machine.seconds(50e12, 0, 2) == pytest.approx(1)
+    assert machine.seconds(50e12, 0, 4) == pytest.approx(2)
+    assert machine.seconds(0, 3e12, 2) == pytest.approx(3)
+    assert machine.seconds(1, 1, 2) == pytest.approx(5e-6)
+    with FakeTensorMode(), torch.device("cuda"), torch.no_grad():
+        x, weight, bias = torch.empty(2, 8, 10, 10), torch.empty(4, 8, 3, 3), torch.empty(4)
+        x, weight, bias = x.bfloat16(), weight.bfloat16(), bias.bfloat16()
+        frames, made = 2 * 2 * 8 * 100, 2 * 2 * 4 * 100
+        for layout, copies in ((torch.contiguous_format, 2 * frames + 2 * made), (torch.channels_last, 2 * weight.nbytes)):
+            given = x.contiguous(memory_format=layout)
+            with estimate.KernelCount(machine, [given, weight, bias]) as counter:
+                y = torch.nn.functional.conv2d(given, weight, bias, padding=1)
+            kinds = counter.tally.kinds
+            assert y.is_contiguous(memory_format=layout)
+            assert kinds["convolution"].flops == 2 * 2 * 100 * 9 * 8 * 4
+            assert kinds["convolution"].bytes == frames + made + weight.nbytes
+            assert kinds["bias"].bytes == 2 * made
+            assert kinds["layout"].bytes == copies
+            assert counter.tally.peak == made
 
 
 def test_distributed_scaling(tmp_path):
@@ -248,7 +303,7 @@ def test_limit_counts_the_convolutions_of_a_definition():
     x = torch.zeros(1, 3, 8, 16, 16)
     for layer in vae.modules():
         if isinstance(layer, TemporalConv3d):
-            layer.evaluation = "direct"
+            layer.ways = (TwoTaps(), GroupEnds(), Direct())
     # A network that evaluates its layers directly makes these convolutions, and attention beside them.
     recorded = sum(call.flops for call in limit.record_convolutions(vae, "encode", x))
     direct = limit.direct_convolutions(vae, "encode", x)

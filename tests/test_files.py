@@ -1,14 +1,20 @@
 """Files that are whole or not there, with the permissions of others: what writes weights must not make them private."""
 
+import hashlib
 import os
 import stat
+import subprocess
+import sys
 
 import pytest
 from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
 from tiny_models import tiny_latte, tiny_vae
 
-from vc_vae_diffusers import files, training
-from vc_vae_diffusers.latent_cache import claim_folder
+from vc_vae_diffusers import files
+from vc_vae_diffusers.training.any_vae import TrainableVAE
+from vc_vae_diffusers.training.checkpoints import save_checkpoint, save_model
+from vc_vae_diffusers.training.latent_cache import claim_folder
 
 
 def mode(path) -> int:
@@ -56,11 +62,34 @@ def test_saved_models_can_be_read_by_others(tmp_path, umask):
     tiny_vae().save_pretrained(tmp_path / "parts", variant="fp16", max_shard_size="50KB")
     tiny_latte().save_pretrained(tmp_path / "latte")
     accelerator = Accelerator(cpu=True)
-    model = training.TrainableVAE(tiny_vae(), [4])
-    saved = training.save_checkpoint(accelerator, model, None, {"step": 1}, tmp_path / "checkpoints", keep=1)
-    training.save_vae(accelerator, model, tmp_path / "trained")
+    model = TrainableVAE(tiny_vae(), [4])
+    ema = EMAModel(model.parameters())
+    saved = save_checkpoint(accelerator, model, ema, {"step": 1}, tmp_path / "checkpoints", keep=1)
+    save_model(accelerator, model, tmp_path / "trained")
     claim_folder(tmp_path / "cache", {"size": 8})
     for folder, weights in (("whole", 1), ("parts", 2), ("latte", 1), ("trained", 1), (saved, 0), ("cache", 0)):
         modes = {path: mode(path) for path in (tmp_path / folder).rglob("*") if path.is_file()}
         assert set(modes.values()) == {0o666 & ~umask}, modes
         assert sum(path.suffix == ".safetensors" for path in modes) >= weights
+
+
+def test_leftovers_of_killed_processes_go_with_the_next_write(tmp_path):
+    code = "import os, sys; from vc_vae_diffusers import files; p = files.partial_path(sys.argv[1]); p.touch(); os._exit(1)"
+    for name in ("clip.mp4", "weights", "a b.tar.gz"):
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / name)], check=False)
+    dead = sorted(tmp_path.iterdir())
+    # One process after the other removed what the one before had left.
+    assert [path.name.split(".")[1] for path in dead] == ["a b"]
+    alive = files.partial_path(tmp_path / "mine.mp4")
+    alive.touch()
+    foreign = alive.with_name(alive.name.replace(files._host(), "00000000"))
+    foreign.touch()
+    own = tmp_path / ".notes.part"  # no name of ours
+    own.touch()
+    files.write_json(tmp_path / "new.json", {"b": 1, "a": 2})
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {alive.name, foreign.name, own.name, "new.json"}
+    assert (tmp_path / "new.json").read_text() == '{\n  "b": 1,\n  "a": 2\n}\n'
+    with pytest.raises(ValueError, match="JSON"):
+        files.write_json(tmp_path / "new.json", float("inf"))
+    assert files.file_digest(tmp_path / "new.json") == hashlib.sha256((tmp_path / "new.json").read_bytes()).hexdigest()

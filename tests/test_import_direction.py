@@ -1,9 +1,10 @@
-"""One direction of imports: operators <- model <- what is around it <- evaluation <- commands; other parts stand alone.
+"""One direction of imports, room by room: operators <- the autoencoder <- what is around it <- the command line.
 
-A new module must be put into one of the tables below; `test_every_module_is_listed` says so.
+Rooms are the folders of the package. A new room, or a module beside them, must be put into `ROOMS`.
 """
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,87 +12,84 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "vc_vae_diffusers"
 
-# Modules that import these of ours and no others: the model's own parts, and parts that know nothing of the model.
-EXACTLY = {
-    "files": set(),
-    "frame_conv": set(),
-    "winograd": {"frame_conv"},
-    "frame_winograd": {"frame_conv", "winograd"},
-    "tdc": {"frame_conv", "winograd", "frame_winograd"},
-    "tiling": set(),
-    "frame_groups": set(),
-    "auto_map": {"files"},
-    "blocks": {"frame_conv", "tdc"},
-    "image_vae": {"tdc"},
-    "memory_plan": {"frame_conv", "tiling"},
-    "autoencoder_kl_vcvae": {
-        "frame_conv",
-        "frame_groups",
-        "tdc",
-        "blocks",
-        "tiling",
-        "image_vae",
-        "auto_map",
-        "memory_plan",
-    },
-    "video_decoding": set(),
-    "video_writing": {"video_decoding"},
-    "video": {"video_decoding", "video_writing"},
-    "weights": {"files"},
-    "losses": {"weights"},
-    "discriminator": set(),
-    "diffusion_losses": set(),
-    "data": {"video"},
-    "latent_cache": {"data", "files"},
-    "shards": {"data", "video"},
-    "metrics": set(),
-    "metrics.frame": set(),
-    "metrics.fvd": {"metrics.i3d"},
-    "metrics.i3d": {"weights"},
-    "metrics.perceptual": {"metrics.frame", "weights"},
-    "metrics.tokbench": set(),
-    "metrics.tokbench_backends": {"weights"},
-}
+# Single modules that know none of the others; every room but the operators may use them.
+SHARED = {"files", "extras", "processes", "hardware"}
 
-# Modules above the model, from the lowest to the highest: each may import its own layer, those before it, and the above.
-LAYERS = (
-    {"hub", "latte_transformer", "auto", "pipeline_latte"},
-    {"training", "latent_stats", "distributed", "visualize"},
-    {""},  # the package's __init__, which exports what users import
-    {
-        "evaluation",
-        "evaluation.baselines",
-        "evaluation.journal",
-        "evaluation.loading",
-        "evaluation.networks",
-        "evaluation.protocols",
-        "evaluation.results",
-        "evaluation.runner",
-        "evaluation.samples",
-        "evaluation.scoring",
-        "evaluation.tasks",
-        "evaluation.tokbench_task",
+# What each room may import besides them and itself. Single modules named here are rooms of their own.
+ROOMS = {
+    **dict.fromkeys(sorted(SHARED), frozenset()),
+    "operators": set(),
+    "video": set(),
+    "metrics": set(),
+    "publishing": {"video", "metrics"},
+    "autoencoder": {"operators", "publishing"},
+    "generation": {"publishing", "autoencoder"},
+    "publishing.auto": {"autoencoder", "generation"},  # looks for the class that a folder names
+    "training.losses": {"metrics"},  # serves any video VAE, as do the others of this kind
+    "training.discriminator": set(),
+    "training.clip_plan": set(),
+    "training.data": {"video", "training.clip_plan"},
+    "training.shards": {"video", "training.clip_plan", "training.data"},
+    "training": {
+        *("video", "metrics", "autoencoder", "training.losses", "training.discriminator", "training.data"),
+        *("training.clip_plan", "training.shards"),
     },
-    {"report", "report.figures", "report.page", "report.paper", "report.tables"},
-    {
-        "commands",
-        "commands.demo",
-        "commands.info",
-        "commands.latents",
-        "commands.reconstruct",
-        "commands.shared",
-        "commands.tools",
-        "evaluation.commands",
-        "report.commands",
+    "training.latte": {
+        "video",
+        "autoencoder",
+        "generation",
+        "training",
+        "training.clip_plan",
+        "training.data",
+        "training.shards",
     },
-    {"cli"},
-)
+    "evaluation": {"video", "metrics", "autoencoder", ""},
+    "report": {"video", "operators", "autoencoder", "evaluation"},
+    "": {"operators", "autoencoder", "generation", "publishing.auto"},  # the package's __init__: what users import
+    "coding": {"", "video", "metrics", "autoencoder"},
+    "app": {"", "video", "autoencoder", "report", "coding"},
+    "cli": {
+        *(
+            "",
+            "video",
+            "metrics",
+            "autoencoder",
+            "publishing",
+            "training",
+            "training.data",
+            "evaluation",
+            "report",
+            "coding",
+        ),
+        "app",
+    },
+    "__main__": {"cli"},
+    # Names that folders written by version 0.1 contain.
+    "auto": {"autoencoder", "generation", "publishing.auto"},
+    "latte_transformer": {"generation"},
+    "pipeline_latte": {"generation"},
+}
 
 # Import names of what only an extra installs: to be imported in the function that needs it.
 OPTIONAL = {
-    *("lpips", "torchvision", "yaml", "tensorboard", "webdataset", "scipy", "rapidfuzz", "matplotlib", "onnxruntime"),
+    *(
+        "lpips",
+        "torchvision",
+        "pillow_heif",
+        "yaml",
+        "tensorboard",
+        "webdataset",
+        "scipy",
+        "rapidfuzz",
+        "matplotlib",
+        "onnxruntime",
+    ),
+    *("gradio", "pandas", "playwright"),
     *("cv2", "skvideo", "rapidocr", "dlib", "skimage", "torchmetrics", "pytorch_msssim"),
 }
+
+# Modules that only one command imports, in its function, and that are nothing without an extra.
+OF_AN_EXTRA = {"app.interface"}
 
 
 def module_name(path: Path) -> str:
@@ -112,9 +110,12 @@ def absolute(node: ast.ImportFrom, name: str, is_package: bool) -> str:
 
 
 def imports_of_ours(name: str, source: str, is_package: bool, modules: set[str]) -> set[str]:
-    """The modules of the package that a module imports, anywhere in it, functions included."""
+    """The modules of the package that a module imports, functions included; not what only type checkers import."""
     targets = set()
-    for node in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    for_types = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    never_run = {inner for node in for_types for statement in node.body for inner in ast.walk(statement)}
+    for node in set(ast.walk(tree)) - never_run:
         if isinstance(node, ast.Import):
             targets |= {(alias.name, None) for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -134,6 +135,17 @@ IMPORTS = {
 }
 
 
+def room_of(module: str) -> str:
+    """The room of a module: its longest prefix that `ROOMS` names."""
+    if not module:
+        return ""
+    parts = module.split(".")
+    for length in range(len(parts), 0, -1):
+        if (prefix := ".".join(parts[:length])) in ROOMS:
+            return prefix
+    raise AssertionError(f"{module} is in no room: add its folder to ROOMS in tests/test_import_direction.py")
+
+
 def test_the_parser_sees_every_form_of_import():
     modules = {"", "a", "a.b", "c"}
     source = """
@@ -143,40 +155,36 @@ from .. import c
 from ..c import thing
 def later():
     from vc_vae_diffusers import exported
+if TYPE_CHECKING:
+    from .. import never_run
 """
     assert imports_of_ours("a", source, True, modules) == {"c", "a.b", ""}
     assert imports_of_ours("c", "from .a import x\nfrom .a.b import y\nimport torch", False, modules) == {"a", "a.b"}
-    assert IMPORTS["autoencoder_kl_vcvae"] == EXACTLY["autoencoder_kl_vcvae"]
+    assert "operators.tdc" in IMPORTS["autoencoder.blocks"]
 
 
-def test_every_module_is_listed():
-    listed = set(EXACTLY).union(*LAYERS)
-    unlisted = sorted(set(FILES) - listed)
-    assert not unlisted, (
-        f"{unlisted} are new: add each to tests/test_import_direction.py, to EXACTLY with the modules it may import if it "
-        "is part of the model or knows nothing of it, or to one of LAYERS if it stands on the model"
-    )
-    gone = sorted(listed - set(FILES))
-    assert not gone, f"{gone} no longer exist: remove them from tests/test_import_direction.py"
-    assert sum(map(len, (EXACTLY, *LAYERS))) == len(listed), "a module is listed twice"
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_rooms_import_one_way(name):
+    room = room_of(name)
+    others = {room_of(module) for module in IMPORTS[name]} - {room}
+    allowed = ROOMS[room] | (SHARED if room not in SHARED | {"operators"} else set())
+    too_much = others - allowed
+    assert not too_much, f"{name or '__init__'} imports {sorted(too_much)}; its room may import {sorted(allowed)}"
 
 
-@pytest.mark.parametrize("name", sorted(EXACTLY))
-def test_parts_import_nothing_else(name):
-    too_much = IMPORTS.get(name, set()) - EXACTLY[name]
-    assert not too_much, f"{name} imports {sorted(too_much)}; it may import {sorted(EXACTLY[name]) or 'nothing of ours'}"
+def test_rooms_have_no_cycles_and_none_is_left_over():
+    done: set[str] = set()
 
+    def visit(room: str, path: tuple[str, ...]) -> None:
+        assert room not in path, f"cycle of rooms: {' -> '.join((*path, room))}"
+        for other in sorted(ROOMS[room] - done):
+            visit(other, (*path, room))
+        done.add(room)
 
-@pytest.mark.parametrize("height", range(len(LAYERS)))
-def test_layers_import_downwards(height):
-    below = set(EXACTLY).union(*LAYERS[: height + 1])
-    for name in sorted(LAYERS[height]):
-        too_high = IMPORTS.get(name, set()) - below
-        assert not too_high, f"{name or '__init__'} imports {sorted(too_high)} from above it"
-
-
-def test_nothing_imports_the_command_line():
-    assert [name for name, imports in IMPORTS.items() if "cli" in imports] == []
+    for room in ROOMS:
+        visit(room, ())
+    unused = set(ROOMS) - {room_of(name) for name in FILES}
+    assert not unused, f"{sorted(unused)} no longer exist: remove them from ROOMS"
 
 
 def test_no_cycles():
@@ -201,13 +209,15 @@ def test_optional_dependencies_are_not_needed_to_import():
         for node in ast.parse(path.read_text()).body:
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
-            required |= {(name, n) for n in names if n.split(".")[0] in OPTIONAL}
+            required |= {(name, n) for n in names if n.split(".")[0] in OPTIONAL and name not in OF_AN_EXTRA}
     assert not required, f"import these in the function that needs them: {sorted(required)}"
 
 
 def test_only_pytorch_is_needed_for_the_operators():
     """The operators can be copied or used on their own (SPEC section 1)."""
-    for name in ("frame_conv", "frame_winograd", "tdc", "winograd"):
+    for name in FILES:
+        if room_of(name) != "operators":
+            continue
         for node in ast.walk(ast.parse(FILES[name].read_text())):
             if isinstance(node, ast.Import):
                 roots = {alias.name.split(".")[0] for alias in node.names}
@@ -215,4 +225,22 @@ def test_only_pytorch_is_needed_for_the_operators():
                 roots = {node.module.split(".")[0]}
             else:
                 continue
-            assert roots <= {"torch"} | set(sys.stdlib_module_names), f"{name} imports {roots}"
+            # Triton comes with PyTorch where it is used.
+            assert roots <= {"torch", "triton"} | set(sys.stdlib_module_names), f"{name} imports {roots}"
+
+
+def test_importing_the_operators_loads_no_diffusers():
+    code = "import sys, vc_vae_diffusers.operators; print(*{name.split('.')[0] for name in sys.modules})"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "torch" in loaded
+    assert not {"diffusers", "transformers", "accelerate", "av", "PIL"} & set(loaded)
+
+
+def test_only_the_command_line_knows_typer_and_rich():
+    for name, path in FILES.items():
+        if room_of(name) == "cli":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
+            assert not {n.split(".")[0] for n in names} & {"typer", "rich"}, name

@@ -2,8 +2,8 @@
 
 import torch
 
-from vc_vae_diffusers.autoencoder_kl_vcvae import AutoencoderKLVCVAE
-from vc_vae_diffusers.latte_transformer import LatteAdaLNTransformer3DModel
+from vc_vae_diffusers.autoencoder.autoencoder_kl_vcvae import AutoencoderKLVCVAE
+from vc_vae_diffusers.generation.latte_transformer import LatteAdaLNTransformer3DModel
 
 MEAN, STD = [0.3, -0.2, 0.0, 1.5], [2.0, 0.5, 1.0, 4.0]
 

@@ -1,44 +1,61 @@
-"""VC-VAE for diffusers: a video VAE that separates keyframes from motion, as video codecs do."""
+"""VC-VAE for diffusers: a video VAE that separates keyframes from motion, as video codecs do.
+
+Names are imported at first use, as diffusers and transformers do: `import vc_vae_diffusers` loads nothing else, and
+`import vc_vae_diffusers.operators` only PyTorch.
+"""
 
 import importlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from diffusers.models.modeling_utils import ModelMixin  # diffusers looks for it where a pipeline's component comes from
+if TYPE_CHECKING:
+    from diffusers.models.modeling_utils import ModelMixin
 
-from .autoencoder_kl_vcvae import AutoencoderKLVCVAE, AutoencoderKLVCVAEOutput
-from .image_vae import ImageVAE, inflate, read_image_vae
-from .tdc import (
-    CausalConv3d,
-    CausalTDC,
-    GroupCausalConv3d,
-    GroupCausalTDC,
-    TemporalInteractionConv3d,
-    TemporalInteractionTDC,
-    apply_tdc,
-    remove_tdc,
-    to_conv,
-    to_tdc,
+    from .autoencoder.autoencoder_kl_vcvae import AutoencoderKLVCVAE, AutoencoderKLVCVAEOutput
+    from .autoencoder.image_vae import ImageVAE, inflate, read_image_vae
+    from .generation.latte_transformer import LatteAdaLNTransformer3DModel
+    from .generation.pipeline_latte import LatteVCVAEPipeline, LatteVCVAEUnconditionalPipeline
+    from .operators import (
+        CausalConv3d,
+        CausalTDC,
+        GroupCausalConv3d,
+        GroupCausalTDC,
+        TemporalInteractionConv3d,
+        TemporalInteractionTDC,
+        apply_tdc,
+        remove_tdc,
+        to_conv,
+        to_tdc,
+    )
+    from .publishing.auto import AutoVCVAEModel
+
+__version__ = "0.2.0"
+
+_OPERATORS = (
+    *("CausalConv3d", "CausalTDC", "GroupCausalConv3d", "GroupCausalTDC", "TemporalInteractionConv3d"),
+    *("TemporalInteractionTDC", "apply_tdc", "remove_tdc", "to_conv", "to_tdc"),
 )
-
-__version__ = "0.1.0"
-
-# The module that a saved pipeline names for its components; it must be importable and hold the classes.
-AutoencoderKLVCVAE.__module__ = "vc_vae_diffusers"
-
-
-# Imported at first use: generation brings in transformers' text encoders, which a VAE does not need.
-_LAZY = {
-    "LatteAdaLNTransformer3DModel": "latte_transformer",
-    "LatteVCVAEPipeline": "pipeline_latte",
-    "LatteVCVAEUnconditionalPipeline": "pipeline_latte",
+_WHERE = {
+    **dict.fromkeys(("AutoencoderKLVCVAE", "AutoencoderKLVCVAEOutput"), ".autoencoder.autoencoder_kl_vcvae"),
+    **dict.fromkeys(("ImageVAE", "inflate", "read_image_vae"), ".autoencoder.image_vae"),
+    **dict.fromkeys(_OPERATORS, ".operators"),
+    "LatteAdaLNTransformer3DModel": ".generation.latte_transformer",
+    **dict.fromkeys(("LatteVCVAEPipeline", "LatteVCVAEUnconditionalPipeline"), ".generation.pipeline_latte"),
+    "AutoVCVAEModel": ".publishing.auto",
+    "ModelMixin": "diffusers.models.modeling_utils",  # diffusers looks for it where a pipeline's component comes from
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
+    if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    value = getattr(importlib.import_module(_WHERE[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_WHERE})
 
 
 def bundled_model_path() -> Path:
@@ -47,6 +64,7 @@ def bundled_model_path() -> Path:
 
 
 __all__ = [
+    "AutoVCVAEModel",
     "AutoencoderKLVCVAE",
     "AutoencoderKLVCVAEOutput",
     "CausalConv3d",

@@ -1,17 +1,54 @@
 """Files that are whole or not there, with the permissions that the user's umask asks for."""
 
+import contextlib
+import hashlib
+import json
 import os
+import re
 import secrets
+import socket
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+# `.NAME.HOST-PID-RANDOM.partSUFFIX`: who writes it, so that the leftovers of a killed process can be told.
+_PARTIAL = re.compile(r"\..*\.(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}\.part(\.[^.]*)?")
+
+
+def _host() -> str:
+    return f"{zlib.crc32(socket.gethostname().encode()):08x}"
+
+
+def partial_path(path: str | os.PathLike) -> Path:
+    """A hidden name beside `path`, of the same suffix, for a file that is to take its place when it is whole.
+
+    Removes what processes of this machine left in the folder that were killed while they wrote.
+    """
+    remove_stale(Path(path).parent)
+    return _partial_name(Path(path))
+
+
+def _partial_name(path: Path) -> Path:
+    return path.with_name(f".{path.stem}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}.part{path.suffix}")
+
+
+def remove_stale(folder: Path) -> None:
+    """Remove the partial files in a folder whose process is no longer there. Those of other machines are left alone."""
+    import psutil
+
+    for left in folder.glob(".*.part*"):
+        found = _PARTIAL.fullmatch(left.name)
+        if found and found["host"] == _host() and not psutil.pid_exists(int(found["pid"])):
+            with contextlib.suppress(OSError):  # another process was faster, or the folder may only be read
+                left.unlink()
 
 
 @contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     """Give a name beside `path` to write to. The file takes its place when the block ends, and goes if the block raises."""
-    path = Path(path)
-    partial = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.part{path.suffix}")
+    partial = partial_path(path)
     try:
         yield partial
         follow_umask(partial)
@@ -26,13 +63,31 @@ def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def write_json(path: str | os.PathLike, content: Any, *, indent: int = 2, sort_keys: bool = False) -> None:
+    """Write a JSON file as a whole.
+
+    Raises:
+        ValueError: for infinite and undefined numbers, which JSON does not have.
+    """
+    write_whole(path, json.dumps(content, indent=indent, sort_keys=sort_keys, allow_nan=False) + "\n")
+
+
+def file_digest(path: str | os.PathLike) -> str:
+    """sha256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def follow_umask(*paths: Path) -> None:
     """Give files the permissions of plainly created ones: safetensors 0.8 makes its own readable by their owner alone.
 
     The umask is read off a file made for it, because asking the system for it changes it for every thread.
     """
     for path in paths:
-        probe = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        probe = _partial_name(path)
         probe.touch()
         try:
             path.chmod(probe.stat().st_mode & 0o777)

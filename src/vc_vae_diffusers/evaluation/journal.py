@@ -10,9 +10,9 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from ..files import write_whole
+from ..files import write_json, write_whole
 
 
 class Journal:
@@ -26,7 +26,7 @@ class Journal:
     def __init__(self, folder: Path, header: dict[str, Any]):
         self.folder = folder
         self.header = header
-        self._stream = None
+        self._stream: BinaryIO | None = None
 
     def create(self) -> None:
         """Start the journal, or check that the one on disk is of the same run. Called by one process, before the others.
@@ -37,7 +37,7 @@ class Journal:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "header.json"
         if not path.exists():
-            write_whole(path, json.dumps(self.header, indent=1))
+            write_json(path, self.header, indent=1)
             return
         found = json.loads(path.read_text(encoding="utf-8"))
         differing = sorted(key for key in found.keys() | self.header.keys() if found.get(key) != self.header.get(key))
@@ -59,6 +59,7 @@ class Journal:
 
     def append(self, record: dict[str, Any]) -> None:
         """Write a record and wait until it is on disk."""
+        assert self._stream is not None, "open() comes before append()"
         self._stream.write(json.dumps(record, separators=(",", ":")).encode() + b"\n")
         self._stream.flush()
         os.fsync(self._stream.fileno())
@@ -71,7 +72,7 @@ class Journal:
 
     def records(self) -> dict[str, dict[str, Any]]:
         """All whole records by sample, of all processes that ever wrote here."""
-        records = {}
+        records: dict[str, dict[str, Any]] = {}
         for path in sorted(self.folder.glob("process-*.jsonl")):
             content = path.read_bytes()
             for line in content[: content.rfind(b"\n") + 1].splitlines():

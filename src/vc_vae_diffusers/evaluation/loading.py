@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,9 @@ import diffusers
 import torch
 
 from .. import bundled_model_path
-from ..autoencoder_kl_vcvae import AutoencoderKLVCVAE
-from .baselines import Original, Reconstructor, UserVAE, wrap_model
+from ..autoencoder.autoencoder_kl_vcvae import AutoencoderKLVCVAE
+from .baselines import UserVAE, wrap_model
+from .reconstructor import Original, Reconstructor
 
 # Where the baselines of the paper and their peers are published in diffusers' layout.
 PUBLISHED = {
@@ -85,12 +85,20 @@ def load_model(
     if spec.source.endswith(".py") or checkpoint:
         path = Path(adapter_file if adapter_file.endswith(".py") else f"{adapter_file}.py")
         return load_user_model(path, checkpoint or None, device, dtype)
-    if spec.source.startswith(INFLATE):
-        source, subfolder = _locate(spec.source.removeprefix(INFLATE))
-        module = AutoencoderKLVCVAE.from_image_vae(source, subfolder=subfolder, token=token)
-        module = module if dtype == module.dtype else module.to(dtype)
-    else:
-        module = _read_module(*_locate(spec.source), dtype, token)
+    source, subfolder = _locate(spec.source.removeprefix(INFLATE))
+    try:
+        if spec.source.startswith(INFLATE):
+            module = AutoencoderKLVCVAE.from_image_vae(source, subfolder=subfolder, token=token)
+            module = module if dtype == module.dtype else module.to(dtype)
+        else:
+            module = _read_module(source, subfolder, dtype, token)
+    except OSError as error:
+        if Path(source).exists():
+            raise
+        raise OSError(
+            f"model {spec.label!r}: {source} is no folder here and could not be had from the hub "
+            f"({str(error).splitlines()[0]}); download it, and give its folder if need be: {spec.label}=FOLDER"
+        ) from error
     module = module.eval().requires_grad_(False).to(device)
     return wrap_model(module, posterior=posterior)
 
@@ -141,18 +149,11 @@ def load_user_model(path: Path, checkpoint: str | None, device: torch.device, dt
     if not path.is_file():
         raise ValueError(f"model is {path}, but there is no such file; give the path of the adapter")
     specification = importlib.util.spec_from_file_location(f"vcvae_user_model_{path.stem}", path)
+    if specification is None or specification.loader is None:
+        raise ValueError(f"model is {path}, which Python cannot import; give a file whose name ends in .py")
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     load = getattr(module, "load", None)
     if load is None:
         raise ValueError(f"{path} has no function load(checkpoint, *, device, dtype); see docs/evaluation.md")
     return UserVAE(load(checkpoint, device=device, dtype=dtype), path)
-
-
-def state_digest(module: torch.nn.Module) -> str:
-    """sha256 over the names, dtypes, shapes and bytes of a module's parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from importlib import metadata
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from ..metrics.fvd import MIN_CLIPS, FVDFeatures, frechet_distance, fvd_batch_mean
 from ..metrics.i3d import MIN_FRAMES
 from ..metrics.perceptual import LPIPSMetric
-from ..weights import I3D_KINETICS400, LPIPS_ALEX, LPIPS_VGG, MetricWeights, find_weights
+from ..metrics.weights import I3D_KINETICS400, LPIPS_ALEX, LPIPS_VGG, MetricWeights, find_weights
 from .protocols import Protocol
 from .scoring import MetricNetworks, decode_features
 
@@ -44,11 +45,11 @@ def build_networks(protocol: Protocol, device: torch.device, weights: str | Path
             networks.backends[name] = _FRAME_BACKENDS[name]
         elif name == "fvd":
             features = FVDFeatures(weights, device)
-            networks.video_features = lambda clip, features=features: features(clip, data_range=(-1.0, 1.0))
+            networks.video_features = functools.partial(features, data_range=(-1.0, 1.0))
             networks.backends[name] = f"I3D Kinetics-400 logits, {_weights_used(I3D_KINETICS400, weights)}"
         else:
-            network = LPIPSMetric(name.removeprefix("lpips_"), weights).to(device)
-            networks.lpips[name] = lambda x, y, network=network: network(x, y, data_range=(-1.0, 1.0))
+            network = LPIPSMetric("alex" if name == "lpips_alex" else "vgg", weights).to(device)
+            networks.lpips[name] = functools.partial(network, data_range=(-1.0, 1.0))
             used = _weights_used(_LPIPS_WEIGHTS[name], weights)
             networks.backends[name] = f"lpips {metadata.version('lpips')}, v0.1, {used}"
     return networks
@@ -89,14 +90,14 @@ def summarise_fvd(protocol: Protocol, generated: list[str], reference: list[str]
     Returns:
         `fvd` of the whole sets; `fvd_batch_mean@bs` unless the protocol is about generation. `nan` for a single clip.
     """
-    sets = [torch.from_numpy(np.stack([decode_features(text) for text in texts])) for texts in (reference, generated)]
+    real, made = (torch.from_numpy(np.stack([decode_features(text) for text in texts])) for texts in (reference, generated))
     counts = {"clips": len(generated), "reference_clips": len(reference)}
     # What `fvd` would log about small sets is written into the result instead (`fvd_warnings`).
-    value = frechet_distance(*sets) if min(counts.values()) > 1 else math.nan
+    value = frechet_distance(real, made) if min(counts.values()) > 1 else math.nan
     metrics = {"fvd": {"value": value, **counts}}
     if protocol.kind != "generation":
         size = protocol.fvd_batch_size
-        metrics[f"fvd_batch_mean@{size}"] = {"value": fvd_batch_mean(*sets, size), **counts}
+        metrics[f"fvd_batch_mean@{size}"] = {"value": fvd_batch_mean(real, made, size), **counts}
     return metrics
 
 

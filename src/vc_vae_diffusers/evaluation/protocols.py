@@ -13,10 +13,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from ..extras import install_hint
+
 FRAME_METRICS = ("psnr", "ssim", "lpips_alex", "lpips_vgg")
 STEP_METRICS = ("flicker", "temporal_difference_psnr")
 METRICS = (*FRAME_METRICS, *STEP_METRICS, "fvd")
 KINDS = ("video", "image", "tokbench", "generation")
+KINDS_WITH_FRAMES = ("video", "image")  # frames of the first samples can be kept
 RESIZE_KERNEL = "bilinear, antialias, float32 RGB (torch.nn.functional.interpolate)"
 TOKBENCH_RESIZE_KERNEL = "bilinear (PIL), uint8, both ways; long side padded with black to a multiple of 32"
 
@@ -149,7 +152,7 @@ def load_protocol(name: str, overrides: Mapping[str, Any] | None = None) -> Prot
     try:
         import yaml
     except ImportError as error:
-        raise ImportError('Protocols need PyYAML: pip install "vc_vae_diffusers[eval]"') from error
+        raise ImportError(f"protocols need PyYAML: {install_hint('eval')}") from error
     if name.endswith((".yaml", ".yml")):
         text = Path(name).read_text(encoding="utf-8")
     elif name in protocol_names():

@@ -10,11 +10,10 @@ import math
 import os
 import platform
 from collections.abc import Iterable, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ..files import write_whole
+from ..files import write_json
 
 SCHEMA = "vc_vae_diffusers.evaluation/1"
 PACKAGES = (
@@ -36,6 +35,8 @@ PACKAGES = (
 
 def package_versions() -> dict[str, str]:
     """Versions of Python, of the system and of the packages a number may depend on; missing packages are left out."""
+    from importlib import metadata  # slow, and only needed here
+
     versions = {"python": platform.python_version(), "platform": platform.platform()}
     for name in PACKAGES:
         try:
@@ -59,8 +60,8 @@ def read_result(path: str | os.PathLike) -> dict[str, Any]:
     path = Path(path)
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}); give a file that `vcvae evaluate` wrote") from error
+    except ValueError as error:  # neither text nor JSON
+        raise ValueError(f"{path} is no result file ({error}); give one that `vcvae evaluate` wrote") from error
     if not isinstance(result, dict) or result.get("schema") != SCHEMA:
         found = result.get("schema") if isinstance(result, dict) else type(result).__name__
         raise ValueError(f"{path} has the schema {found!r}, but {SCHEMA!r} is read here; evaluate again")
@@ -74,7 +75,7 @@ def write_result(path: str | os.PathLike, result: Mapping[str, Any]) -> None:
     """Write a result file, whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(json_ready(result), indent=1, allow_nan=False) + "\n")
+    write_json(path, json_ready(result), indent=1)
 
 
 def json_ready(value: Any) -> Any:

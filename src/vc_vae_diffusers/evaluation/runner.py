@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from .baselines import Reconstructor
+from ..metrics.weights import tensor_digest
+from ..processes import processes
 from .journal import Journal, file_name
-from .loading import ORIGINAL, SAMPLES, ModelSpec, load_model, state_digest
+from .loading import ORIGINAL, SAMPLES, ModelSpec, load_model
 from .networks import build_networks, check_clip_length, fvd_warnings
 from .protocols import Protocol
+from .reconstructor import Reconstructor
 from .results import find_model, new_result, package_versions, read_result, write_result
 from .samples import SampleList, list_samples
 from .tasks import ClipTask, GenerationTask, ImageTask, Record, Task, Variant
@@ -87,7 +89,7 @@ def run_evaluation(
     labels = [spec.label for spec in models]
     if len(set(labels)) != len(labels):
         raise ValueError(f"models have the labels {', '.join(labels)}, but each must have its own: use LABEL=SOURCE")
-    state = PartialState(cpu=True) if options.device == "cpu" else PartialState()
+    state = processes(options.device)
     device = state.device if options.device is None else torch.device(options.device)
     check_clip_length(protocol)
     samples = find_videos(data, protocol) if protocol.kind == "tokbench" else list_samples(data, protocol, options.list_file)
@@ -106,6 +108,7 @@ def run_evaluation(
         models = [ModelSpec(ORIGINAL, ORIGINAL), *(spec for spec in models if spec.source != ORIGINAL)]
     else:
         task = TASKS[protocol.kind](protocol, samples, networks, frames_folder, options.saved_samples)
+    _check_models(models, protocol, options)
     for spec in models:
         for entry in _evaluate_model(spec, task, result, out, state, device, options):
             result["models"] = [kept for kept in result["models"] if kept["label"] != entry["label"]] + [entry]
@@ -116,6 +119,28 @@ def run_evaluation(
         _remove_journals(out)
     state.wait_for_everyone()
     return read_result(out)
+
+
+def _check_models(models: Sequence[ModelSpec], protocol: Protocol, options: RunOptions) -> None:
+    """Read every model once before the first is measured: one that is missing is told at once and not hours later.
+
+    Raises:
+        ValueError, OSError: as reading does.
+    """
+    for spec in models:
+        _check_kind(spec, protocol)
+    for spec in models[1:]:  # the first is read next
+        if spec.source.startswith(SAMPLES):
+            list_samples(spec.source.removeprefix(SAMPLES), protocol)
+        else:
+            load_model(spec, dtype=options.dtype, posterior=protocol.posterior, token=options.token)
+
+
+def _check_kind(spec: ModelSpec, protocol: Protocol) -> None:
+    generated = protocol.kind == "generation"
+    if generated != spec.source.startswith(SAMPLES):
+        rule = "generated videos: LABEL=samples:FOLDER" if generated else "a model, not a folder of samples"
+        raise ValueError(f"model is {spec.source!r}, but protocol {protocol.name!r} takes {rule}")
 
 
 def _result_so_far(out: Path, protocol: Protocol, samples: SampleList) -> dict[str, Any]:
@@ -153,12 +178,8 @@ def _evaluate_model(
     options: RunOptions,
 ) -> list[dict[str, Any]]:
     """The rows of one model that the result does not have yet."""
-    generated = isinstance(task, GenerationTask)
-    if generated != spec.source.startswith(SAMPLES):
-        rule = "generated videos: LABEL=samples:FOLDER" if generated else "a model, not a folder of samples"
-        raise ValueError(f"model is {spec.source!r}, but protocol {task.protocol.name!r} takes {rule}")
     model = None
-    if not generated:
+    if not isinstance(task, GenerationTask):
         model = load_model(spec, device=device, dtype=options.dtype, posterior=task.protocol.posterior, token=options.token)
     identity = _describe(model, spec, task, device, options)
     entries = []
@@ -197,7 +218,7 @@ def _describe(
         "class": type(model).__name__ if network is None else type(network).__name__,
         "dtype": str(options.dtype).removeprefix("torch."),
         "parameters": 0 if network is None else sum(parameter.numel() for parameter in network.parameters()),
-        "weights_sha256": None if network is None else state_digest(network),
+        "weights_sha256": None if network is None else tensor_digest(network.state_dict()),
         "separate_first_frame": model.separate_first,
         "frame_rule": str(model.frame_rule),
         "compression": [model.temporal_compression, model.spatial_compression, model.spatial_compression],

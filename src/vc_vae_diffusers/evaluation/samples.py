@@ -10,12 +10,9 @@ from pathlib import Path
 
 import torch
 
-from ..video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, VideoReader, VideoReadError
+from ..video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, VideoReader, VideoReadError, find_media, list_lines
 from .protocols import Protocol
 
-READABLE_VIDEO_SUFFIXES = VIDEO_SUFFIXES | {
-    *(".avi", ".webm", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".ogv", ".gif", ".y4m", ".3gp"),
-}
 CHUNK_FRAMES = 8
 
 
@@ -67,10 +64,8 @@ def list_samples(data: str | Path, protocol: Protocol, list_file: str | Path | N
     if list_file is not None:
         samples, source = _read_list(root, Path(list_file)), f"list {Path(list_file).name}"
     else:
-        suffixes = IMAGE_SUFFIXES if protocol.kind == "image" else READABLE_VIDEO_SUFFIXES
-        paths = (path for path in root.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
-        names = {path.relative_to(root).as_posix(): path for path in paths}
-        samples = [Sample(name, names[name]) for name in sorted(names) if not _is_hidden(name)]
+        names = find_media(root, IMAGE_SUFFIXES if protocol.kind == "image" else VIDEO_SUFFIXES)
+        samples = [Sample(name, root / name) for name in names]
         source = "all files of the folder, sorted"
     if not samples:
         raise ValueError(
@@ -88,10 +83,6 @@ def list_samples(data: str | Path, protocol: Protocol, list_file: str | Path | N
     return SampleList(root, tuple(samples), source, hashlib.sha256(listing.encode()).hexdigest())
 
 
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") for part in name.split("/"))
-
-
 def _find_list(root: Path, name: str) -> Path:
     found = sorted([*root.rglob(name), *root.parent.glob(name), *root.parent.glob(f"*/{name}")])
     if not found:
@@ -106,10 +97,8 @@ def _read_list(root: Path, list_file: Path) -> list[Sample]:
     if not list_file.is_file():
         raise ValueError(f"sample list is {list_file}, which is not a file; give a text file with one path a line")
     samples, seen = [], set()
-    for number, line in enumerate(list_file.read_text(encoding="utf-8").splitlines(), start=1):
-        entry = line.strip()
-        if not entry or entry.startswith("#"):
-            continue
+    for number, line in list_lines(list_file):
+        entry = line
         if not (root / entry).is_file():
             entry = entry.split()[0]  # "path label", as UCF-101's train lists have it
         if not (root / entry).is_file():

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from ..metrics import frame
-from .baselines import Reconstructor
 from .protocols import FRAME_METRICS
+from .reconstructor import Reconstructor
 from .results import mean_and_deviation
 
 RANGE = (-1.0, 1.0)
@@ -32,7 +32,7 @@ class MetricNetworks:
 
     device: torch.device
     lpips: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = field(default_factory=dict)
-    video_features: Callable[[torch.Tensor], torch.Tensor] | None = None
+    video_features: Any = None
     backends: dict[str, str] = field(default_factory=dict)
 
 

@@ -5,6 +5,7 @@ A task turns a sample into a record (plain JSON, one journal line) and records i
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,10 +15,11 @@ from typing import Any
 import torch
 
 from ..video import VideoReadError, write_image
-from .baselines import FrameByFrameVAE, Reconstructor, Seconds
+from .baselines import FrameByFrameVAE
 from .journal import file_name
 from .networks import least_frames, summarise_fvd
 from .protocols import Protocol
+from .reconstructor import Reconstructor, Seconds
 from .samples import Sample, SampleList, list_samples, open_sample, read_chunks, read_clip_frames
 from .scoring import ClipScorer, MetricNetworks, encode_features, paired_chunks, summarise_frames
 
@@ -88,9 +90,8 @@ class Task(ABC):
         return {"sample": sample.name, **record}
 
     @abstractmethod
-    def _measure(
-        self, model: Reconstructor | None, sample: Sample, variant: Variant, generator: torch.Generator
-    ) -> Record: ...
+    def _measure(self, model: Any, sample: Sample, variant: Variant, generator: torch.Generator) -> Record:
+        """The record of one sample; `model` is a `Reconstructor`, None where clips were generated."""
 
     @abstractmethod
     def summarise(self, records: list[Record]) -> dict[str, Any]:
@@ -140,18 +141,22 @@ class ClipTask(Task):
         # A model without a special first frame is not shown the one that is not scored.
         hidden = 1 if protocol.without_first_frame and not model.separate_first else 0
         unscored = 1 if protocol.without_first_frame and model.separate_first else 0
-        model.seconds, size = Seconds(), None
+        model.seconds, size = Seconds(), (0, 0)
         with open_sample(sample, protocol, protocol.size) as reader:
             total = protocol.clip_frames
             if total is None and model.needs_length:
                 total = sum(chunk.shape[2] for chunk in read_chunks(reader, protocol.frame_interval))
             chunks = _from_frame(hidden, read_chunks(reader, protocol.frame_interval))
+            first = next(chunks, None)
+            if first is None:
+                raise VideoReadError(sample.path, "gives one frame, which is not scored", _REMEDY)
+            chunks = itertools.chain([first], chunks)
             length = None if total is None else total - hidden
             for reconstruction, source in paired_chunks(model, chunks, generator, length):
                 dropped = min(unscored, source.shape[2])
                 unscored -= dropped
                 if source.shape[2] > dropped:
-                    size = source.shape[3:]
+                    size = (source.shape[3], source.shape[4])
                     scorer.add(reconstruction[:, :, dropped:], source[:, :, dropped:])
                     if saver is not None:
                         saver.add(reconstruction[:, :, dropped:], source[:, :, dropped:])
@@ -255,6 +260,8 @@ class GenerationTask(Task):
         interval = protocol.frame_interval if of_data else 1
         with open_sample(sample, protocol, protocol.size) as reader:
             clip = torch.cat(list(read_chunks(reader, interval)), dim=2)
+        assert protocol.num_frames is not None  # `Protocol` refuses others for generated clips
+        assert protocol.num_frames is not None  # `Protocol` refuses others for generated clips
         if clip.shape[2] < protocol.num_frames:
             raise VideoReadError(
                 sample.path, f"gives {clip.shape[2]} frames, the protocol takes {protocol.num_frames}", _REMEDY
@@ -267,7 +274,7 @@ class GenerationTask(Task):
         return record
 
     def summarise(self, records: list[Record]) -> dict[str, Any]:
-        groups = ([], [])
+        groups: tuple[list, list] = ([], [])
         for record in records:
             groups[record["sample"].startswith(f"{self.GENERATED}/")].append(record["features"])
         data, generated = groups

@@ -13,10 +13,10 @@ import torch
 
 from ..metrics.tokbench import AnnotatedVideo, FrameGeometry, VideoScorer, bin_means, read_annotations
 from ..metrics.tokbench_backends import DlibEmbedder, GlintEmbedder, ParseqReader, RapidOCRReader
+from ..metrics.weights import GLINTR100, MissingWeightsError, find_weights
 from ..video import VideoReader, VideoReadError, from_uint8, to_uint8
-from ..weights import GLINTR100, MissingWeightsError, find_weights
-from .baselines import Original, Reconstructor, Seconds
 from .protocols import Protocol
+from .reconstructor import Original, Reconstructor, Seconds
 from .samples import CHUNK_FRAMES, Sample, SampleList
 from .scoring import MetricNetworks
 from .tasks import Record, Task, Variant
@@ -108,6 +108,8 @@ class TokBenchTask(Task):
         generator: torch.Generator,
     ) -> int:
         """Score all annotated frames of a video; returns how many frames it has."""
+        assert self.protocol.size is not None  # of every protocol of TokBench
+        assert self.protocol.size is not None  # of every protocol of TokBench
         geometry = FrameGeometry(reader.height, reader.width, self.protocol.size)
         sources: dict[int, np.ndarray] = {}
         seen = 0

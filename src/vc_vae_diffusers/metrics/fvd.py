@@ -58,7 +58,7 @@ class FVDFeatures:
     """Computes the I3D features of clips: the 400 logits of Kinetics-400.
 
     Args:
-        weights: weight file or folder, see :func:`vc_vae_diffusers.weights.find_weights`.
+        weights: weight file or folder, see :func:`vc_vae_diffusers.metrics.weights.find_weights`.
         device: where the network runs.
         clips_per_batch: how many clips pass the network at a time.
 

@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..weights import I3D_KINETICS400, find_weights, read_tensors, verify_file
+from .weights import I3D_KINETICS400, find_weights, read_tensors, verify_file
 
 NUM_CLASSES = 400
 INPUT_SIZE = 224
 MIN_FRAMES = 9
 
 
-def _pad_same(x: torch.Tensor, kernel_size: tuple[int, int, int], stride: tuple[int, int, int]) -> torch.Tensor:
+def _pad_same(x: torch.Tensor, kernel_size: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
     """Zero-pad (B, C, T, H, W) so that the output length is ceil(length / stride), the odd zero at the end.
 
     Zeros serve max pooling too: what is pooled here has passed a ReLU.
@@ -42,6 +42,9 @@ class Unit3D(nn.Conv3d):
 
 class MaxPool3D(nn.MaxPool3d):
     """Max pooling of non-negative values with "SAME" padding."""
+
+    kernel_size: tuple[int, int, int]
+    stride: tuple[int, int, int]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(_pad_same(x, self.kernel_size, self.stride))
@@ -138,7 +141,7 @@ def load_i3d(
     """I3D with its Kinetics-400 weights, frozen and in eval mode.
 
     Args:
-        path: a weight file or folder; without it the places of :func:`vc_vae_diffusers.weights.find_weights`. Either
+        path: a weight file or folder; without it the places of :func:`vc_vae_diffusers.metrics.weights.find_weights`. Either
             the TorchScript file that the field's scripts use, or its counterpart in safetensors.
         device: where to put it.
 

@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from ..weights import load_lpips
 from .frame import checked_pair
+from .weights import load_lpips
 
 # Below these sizes nothing is left after the trunk's strides.
 _MIN_SIZE = {"alex": 31, "vgg": 16}
@@ -22,7 +22,7 @@ class LPIPSMetric(nn.Module):
 
     Args:
         net: the trunk.
-        weights: weight file or folder, see :func:`vc_vae_diffusers.weights.find_weights`.
+        weights: weight file or folder, see :func:`vc_vae_diffusers.metrics.weights.find_weights`.
         frames_per_batch: how many frames pass the network at a time; bounds the memory, changes nothing else.
 
     Raises:

@@ -21,6 +21,8 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from ..extras import install_hint
+
 PAD_MULTIPLE = 32
 BIN_NAMES = ("small", "medium", "large")
 TEXT_SETS = ("ch3", "ds")
@@ -203,7 +205,8 @@ class FrameGeometry:
     @property
     def offset(self) -> tuple[int, int]:
         """(rows, columns) before the picture."""
-        return tuple((outer - inner) // 2 for outer, inner in zip(self.padded, self.resized, strict=True))
+        rows, columns = ((outer - inner) // 2 for outer, inner in zip(self.padded, self.resized, strict=True))
+        return rows, columns
 
     def shrink(self, frame: np.ndarray) -> np.ndarray:
         """An original frame (H, W, 3) uint8 as the model gets it."""
@@ -236,7 +239,7 @@ def text_scores(read: str, truth: str) -> tuple[float, float]:
     try:
         from rapidfuzz.distance import Levenshtein
     except ImportError as error:
-        raise ImportError('TokBench needs rapidfuzz: pip install "vc_vae_diffusers[eval]"') from error
+        raise ImportError(f"TokBench needs rapidfuzz: {install_hint('eval')}") from error
     longest = max(len(read), len(truth))
     similarity = 1.0 if longest == 0 else 1.0 - Levenshtein.distance(read, truth) / longest
     return float(read == truth), similarity
@@ -274,14 +277,14 @@ class VideoScorer:
     def add(self, frame: int, reconstruction: np.ndarray, source: np.ndarray) -> None:
         """Score one frame, both (H, W, 3) uint8 RGB at the original size."""
         if self.reader is not None:
-            self._add_words(self.video.words.get(frame, []), reconstruction)
+            self._add_words(self.reader, self.video.words.get(frame, []), reconstruction)
         if self.embedder is not None:
             for face in self.video.faces.get(frame, []):
                 points = np.asarray(face.key_points, np.float64)
                 pair = [self.embedder.embed(picture, points) for picture in (reconstruction, source)]
                 self.faces.append((face.ratio, cosine(*pair)))
 
-    def _add_words(self, words: Iterable[Word], reconstruction: np.ndarray) -> None:
+    def _add_words(self, reader: TextReader, words: Iterable[Word], reconstruction: np.ndarray) -> None:
         kept, crops = [], []
         for word in words:
             left, top, right, bottom = (max(0, value) for value in word.box)
@@ -289,7 +292,7 @@ class VideoScorer:
             if min(crop.shape[:2]) > 1:  # TokBench drops crops of one pixel or none
                 kept.append(word)
                 crops.append(crop)
-        for word, read in zip(kept, self.reader.read(crops) if crops else [], strict=True):
+        for word, read in zip(kept, reader.read(crops) if crops else [], strict=True):
             self.words.append((word.ratio, *text_scores(read, word.text), read, word.text))
 
 

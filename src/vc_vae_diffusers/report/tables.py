@@ -298,7 +298,9 @@ def tables_of(result: Mapping[str, Any], name: str, paper: Sequence[str] = ()) -
         elif protocol["name"].endswith("(changed)"):
             extra.append("The protocol was changed from the preset: the paper's numbers are no comparison.")
         reported = TABLES[key]
-        tables.append(make_table(reported.title, models, reported, extra, reported.first_frame))
+        what = f"{name}, the first frame" if reported.first_frame else name
+        title = f"{what}, beside the paper's {reported.title}"
+        tables.append(make_table(title, models, reported, extra, reported.first_frame))
     if not tables:
         tables.append(make_table(protocol["name"], models, None, notes))
     elif all(TABLES[key].first_frame for key in protocol["tables"]) and protocol["tables"]:

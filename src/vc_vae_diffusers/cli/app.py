@@ -1,0 +1,140 @@
+"""The `vcvae` command: registers its subcommands, which are the modules beside this one, and reports their errors."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from vc_vae_diffusers import __version__
+
+from .browser_app import browser_app
+from .decode import decode
+from .demo import demo
+from .encode import encode
+from .evaluate import evaluate
+from .fetch_weights import fetch_weights
+from .info import info
+from .plan import plan
+from .printing import say
+from .reconstruct import reconstruct
+from .report import report
+from .stats import stats
+from .train import train
+from .visualize import visualize
+
+_UsageError: Any = typer.BadParameter.__mro__[1]  # typer carries click inside, or uses the one installed, by version
+_OUT_OF_MEMORY = "use --tile, a smaller --dtype or --groups-per-chunk, or --resize"
+
+
+class _Terminated(BaseException):
+    """SIGTERM, on its way through every `finally`."""
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    raise _Terminated
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends a run as an exception does, so that partial files are removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _ReportingGroup(TyperGroup):
+    """Reports errors of every subcommand in one way: a line on stderr, or JSON on stdout with `--json`.
+
+    Exit codes: 1 for what a user can put right, 2 for a wrong call, 70 for bugs, 130 when interrupted, 143 when terminated.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta["json"] = "--json" in args
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        as_json = ctx.meta["json"]
+        try:
+            with _terminable():
+                return super().invoke(ctx)
+        except (typer.Exit, typer.Abort):
+            raise
+        except KeyboardInterrupt:
+            code = _report("Interrupted", "interrupted; no partial output was left", 130, as_json)
+        except _Terminated:
+            code = _report("Terminated", "terminated by SIGTERM; no partial output was left", 143, as_json)
+        except _UsageError as error:
+            if not as_json:
+                raise
+            code = _report("UsageError", error.format_message(), 2, as_json)
+        except Exception as error:
+            code = _report_exception(error, as_json)
+        raise typer.Exit(code)
+
+
+def _report_exception(error: Exception, as_json: bool) -> int:
+    """One line for what a user can put right. Anything else is a bug, and shows its traceback."""
+    kind = type(error).__name__
+    if kind == "OutOfMemoryError":
+        return _report(kind, f"{str(error).splitlines()[0]}; {_OUT_OF_MEMORY}", 1, as_json)
+    if isinstance(error, (ValueError, OSError, ImportError)) or kind in ("VideoWriteError", "DataError"):
+        return _report(kind, str(error), 1, as_json)
+    traceback.print_exception(error)
+    return _report(kind, f"{error} (a bug: please report it with the traceback)", 70, as_json)
+
+
+def _report(kind: str, message: str, code: int, as_json: bool) -> int:
+    if as_json:
+        typer.echo(json.dumps({"error": {"type": kind, "message": message}}, indent=2))
+    else:
+        say(f"Error: {message}", "red")
+    return code
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"vcvae {__version__}")
+        raise typer.Exit
+
+
+app = typer.Typer(
+    name="vcvae",
+    cls=_ReportingGroup,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def vcvae(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """VC-VAE: video to latents and back.
+
+    Outputs that exist are replaced with --overwrite only; missing folders are made.
+
+    Results go to stdout, with --json as one object; progress and warnings to stderr.
+    """
+
+
+for command in (reconstruct, encode, decode, info, plan, visualize, evaluate, report, fetch_weights, stats, demo):
+    app.command()(command)
+app.command("app")(browser_app)
+app.add_typer(train, name="train")

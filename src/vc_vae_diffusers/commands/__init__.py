@@ -1,1 +1,0 @@
-"""The subcommands of `vcvae`, one module each; `cli.py` registers them."""

@@ -1,0 +1,1 @@
+"""Folders that others can load, and their cards."""

@@ -1,0 +1,189 @@
+"""Options of training programs: dataclasses whose values come from the defaults, a YAML file, then the command line.
+
+Reading them needs no PyTorch, so that a mistake is said at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
+
+from transformers import HfArgumentParser
+
+from ..extras import install_hint
+
+Tracker = Literal["tensorboard", "trackio", "wandb", "none"]
+
+
+def option(default: Any, text: str) -> Any:
+    """A field of a dataclass of options, with its line in ``--help``; required ones are None until :meth:`Config.check`."""
+    metadata = {"help": text.replace("%", "%%")}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def load_yaml() -> ModuleType:
+    """The yaml package.
+
+    Raises:
+        ImportError: saying what installs it.
+    """
+    try:
+        import yaml
+    except ImportError as error:
+        raise ImportError(f"training needs pyyaml: {install_hint('train')}") from error
+    return yaml
+
+
+@dataclass
+class OptimConfig:
+    """How every program optimises; each has defaults of its own."""
+
+    steps: int = option(500_000, "optimizer steps")
+    learning_rate: float = option(1e-5, "of the model")
+    lr_scheduler: str = option("constant_with_warmup", "a name of diffusers' get_scheduler: constant, cosine, linear, …")
+    warmup_steps: int = option(0, "steps over which the learning rate rises")
+    adam_beta1: float = option(0.9, "AdamW's decay of the gradients' mean")
+    adam_beta2: float = option(0.999, "AdamW's decay of their squares' mean")
+    weight_decay: float = option(0.0, "AdamW's weight decay")
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
+    ema_decay: float = option(0.999, "of the weights' moving average, which is what is validated and saved")
+
+
+@dataclass
+class RunConfig:
+    """How every program runs."""
+
+    output: str = option(None, "folder of everything that the run writes (required)")
+    resume: bool = option(True, "go on from the last checkpoint under output; false refuses a folder that has some")
+    seed: int = option(0, "of weights, clips, crops and noise")
+    mixed_precision: Literal["auto", "no", "bf16"] = option(
+        "auto", "autocast, the weights stay float32; auto: bf16 where the hardware has it, on a GPU or a CPU"
+    )
+    cpu: bool = option(False, "train on the CPU though there is a GPU")
+    num_threads: int = option(0, "CPU threads of this process; 0 leaves torch's choice")
+    deterministic: bool = option(False, "deterministic CUDA kernels, for exact resume on GPUs")
+    checkpoint_every: int = option(1000, "steps between checkpoints")
+    keep_checkpoints: int = option(2, "how many of the last ones stay, at least 1")
+    log_every: int = option(10, "steps between rows of OUTPUT/log.jsonl")
+    progress: bool = option(True, "a progress bar, where stderr is a terminal")
+    tracker: Tracker = option("tensorboard", "where figures go besides log.jsonl")
+
+
+@dataclass
+class Config:
+    """The groups of options of one program, as attributes: ``config.run.output``."""
+
+    if TYPE_CHECKING:  # in each program's own order
+        optim: OptimConfig
+        run: RunConfig
+
+    @classmethod
+    def parse(cls, argv: Sequence[str]) -> Config:
+        """Read the options, and check them by :meth:`check`.
+
+        Raises:
+            ValueError: in one line, for unknown options, wrong values and what :meth:`check` refuses.
+        """
+        groups: dict[str, Any] = {field.name: field.default_factory for field in dataclasses.fields(cls)}
+        parser = _Parser(list(groups.values()), description=sys.modules[cls.__module__].__doc__, allow_abbrev=False)
+        parser.add_argument("--config", type=Path, help="YAML file of these options; the command line wins over it")
+        base = parser.take_yaml(argv)
+        *values, left = parser.parse_args_into_dataclasses(
+            list(argv), return_remaining_strings=True, look_for_args_file=False
+        )
+        parser.refuse(left)
+        config = cls(**dict(zip(groups, values, strict=False)))
+        config.expand(base)
+        config.check()
+        return config
+
+    def flat(self) -> dict[str, Any]:
+        """All options in one dictionary, as they stand in a YAML file."""
+        return {key: value for part in dataclasses.asdict(self).values() for key, value in part.items()}
+
+    def expand(self, base: Path) -> None:
+        """Replace the ``@LIST`` entries of the data's patterns; lists are relative to ``base``."""
+        data = getattr(self, "data", None)
+        for name in ("include", "exclude", "holdout"):
+            if any(pattern.startswith("@") for pattern in getattr(data, name, ())):
+                from .data import expand_patterns  # which loads PyTorch
+
+                setattr(data, name, expand_patterns(getattr(data, name), base))
+
+    def check(self) -> None:
+        """Refuse what cannot be; programs add their own rules."""
+        self.require("output")
+        self.at_least_one("steps", "checkpoint_every", "keep_checkpoints", "log_every")
+
+    def require(self, *names: str) -> None:
+        """Raises ValueError for the first of the options that is not given."""
+        for name in names:
+            if self.flat()[name] is None:
+                raise ValueError(f"--{name} is required; --help lists all options")
+
+    def at_least_one(self, *names: str) -> None:
+        """Raises ValueError for the first of the options that is below 1."""
+        for name in names:
+            if self.flat()[name] < 1:
+                raise ValueError(f"--{name} is {self.flat()[name]}, but must be at least 1")
+
+
+class _Parser(HfArgumentParser):
+    """Options spelled out, mistakes as one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; --help lists all options")
+
+    def refuse(self, left: Sequence[str]) -> None:
+        """Raises ValueError for what is no option, with the one that was meant."""
+        if left:
+            known = [name for action in self._actions for name in action.option_strings]
+            near = difflib.get_close_matches(left[0].split("=")[0], known, n=1)
+            meant = f"; did you mean {near[0]}?" if near else "; --help lists all options"
+            raise ValueError(f"{left[0]} is no option{meant}")
+
+    def take_yaml(self, argv: Sequence[str]) -> Path:
+        """Make the values of the file of ``--config`` the defaults, and return its folder."""
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first.add_argument("--config", type=Path)
+        file = first.parse_known_args(argv)[0].config
+        if file is None:
+            return Path()
+        values = load_yaml().safe_load(file.read_text(encoding="utf-8")) or {}
+        known = {action.dest: action for action in self._actions}
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"{file}: unknown options {unknown}; --help lists all")
+        for name, value in values.items():
+            values[name] = _as_declared(value, known[name])
+        self.set_defaults(**values)
+        return file.parent
+
+
+def _as_declared(value: Any, action: argparse.Action) -> Any:
+    """A value of a YAML file as the command line would give it: to YAML 1e-5 is text and no is false; dictionaries are JSON.
+
+    Raises:
+        ValueError: for what the option cannot be.
+    """
+    if isinstance(action.default, float) and isinstance(value, int | str):
+        value = float(value)
+    elif isinstance(action.default, str) and isinstance(value, dict):
+        value = json.dumps(value)
+    elif action.choices and value is False:
+        value = "no"
+    if action.choices and value not in action.choices:
+        raise ValueError(f"{action.dest}: {value!r} is none of {', '.join(map(str, action.choices))}")
+    if action.type is int and isinstance(value, float):
+        raise ValueError(f"{action.dest}: {value!r} must be a whole number")
+    return value

@@ -1,0 +1,44 @@
+"""How a training program is run from a command line: mistakes are one line, and not a traceback of every process.
+
+Options are read first, by modules that need no PyTorch: a mistake there is said at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+# What a user can put right. Every process has the first ones; the others, some by name, may happen to one alone.
+_OF_ALL = (ValueError, ImportError)
+_OF_ONE = {"DataError", "CheckpointError", "NonFiniteError", "VideoWriteError", "OutOfMemoryError"}
+
+
+def main(name: str, argv: Sequence[str]) -> None:
+    """Read the options of the program ``name`` (vcvae, latte, image_vae) and train by them."""
+    config = importlib.import_module(f"{__package__}.{name}_options").Config.parse(argv)
+    importlib.import_module(f"{__package__}.{name}").train(config)
+
+
+def run(name: str, argv: Sequence[str]) -> int:
+    """Do :func:`main` and return the exit code: 1 for what a user can put right, 130 when interrupted."""
+    rank = os.environ.get("RANK", "0")
+    try:
+        main(name, argv)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        of_all = isinstance(error, _OF_ALL)
+        if not of_all and not isinstance(error, OSError) and type(error).__name__ not in _OF_ONE:
+            raise
+        if rank == "0" or not of_all:
+            print(f"Error{'' if rank == '0' else f' on process {rank}'}: {_message(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _message(error: Exception) -> str:
+    if type(error).__name__ == "OutOfMemoryError":
+        return f"{str(error).splitlines()[0]} Make micro-batches smaller, or use --gradient_checkpointing true."
+    return str(error)

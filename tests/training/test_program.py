@@ -1,0 +1,204 @@
+"""Training programs as people run them: `vcvae train`, help, mistakes, the first lines, progress, the last line."""
+
+import dataclasses
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from typer.testing import CliRunner
+from vae_runs import STAGE_1, STAGE_2
+
+from vc_vae_diffusers.cli.app import app
+from vc_vae_diffusers.training import (
+    image_vae_options,
+    latte_options,
+    log,
+    machine,
+    memory,
+    program,
+    vcvae,
+    vcvae_options,
+)
+from vc_vae_diffusers.training.data import DataError
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+# ----------------------------------------------------------------------------------------------- options and mistakes
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("vcvae", vcvae_options), ("latte", latte_options), ("image_vae", image_vae_options)]
+)
+def test_help_explains_every_option_and_its_default(name, options, capsys):
+    with pytest.raises(SystemExit):
+        program.main(name, ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for group in dataclasses.fields(options.Config):
+        for field in dataclasses.fields(group.default_factory):
+            assert f"--{field.name}" in text
+            assert len(field.metadata["help"]) > 5
+            shown = " ".join((field.metadata["help"] % ()).split())
+            assert shown in text, field.name
+    assert "(default: 1000)" in text or "(default: 500)" in text or "(default: 10000)" in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--step", "3"], "Error: --step is no option; did you mean --steps?"),
+        ([], "Error: --data is required; --help lists all options"),
+        (
+            ["--data", "x", "--output", "y"],
+            "Error: give exactly one of --model, --from_image_vae and --model_config, not []",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_of_one_process(argv, said, capsys, monkeypatch):
+    assert program.run("vcvae", argv) == 1
+    assert capsys.readouterr().err == said + "\n"
+    monkeypatch.setenv("RANK", "1")
+    assert program.run("vcvae", argv) == 1
+    assert capsys.readouterr().err == ""
+
+
+def test_what_happens_to_one_process_is_said_by_it(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    for error, said in (
+        (OSError("the disk is gone"), "Error on process 1: the disk is gone\n"),
+        (DataError("nothing to read"), "Error on process 1: nothing to read\n"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nmore"), "Error on process 1: CUDA out of memory. Make micro-batches"),
+    ):
+        monkeypatch.setattr(program, "main", Mock(side_effect=error))
+        assert program.run("vcvae", []) == 1
+        assert capsys.readouterr().err.startswith(said)
+    monkeypatch.setattr(program, "main", Mock(side_effect=KeyboardInterrupt))
+    assert program.run("vcvae", []) == 130
+    monkeypatch.setattr(program, "main", Mock(side_effect=KeyError("a bug")))
+    with pytest.raises(KeyError):
+        program.run("vcvae", [])
+
+
+def test_the_command_line_has_the_programs():
+    runner = CliRunner()
+    shown = runner.invoke(app, ["train", "--help"])
+    assert shown.exit_code == 0
+    assert all(name in shown.output for name in ("vcvae", "image-vae", "latte"))
+    assert "--num_train_timesteps" in runner.invoke(app, ["train", "latte", "--help"]).output
+    assert "--frame_stride" in runner.invoke(app, ["train", "image-vae", "--help"]).output
+    wrong = runner.invoke(app, ["train", "vcvae", "--stepps", "3"])
+    assert wrong.exit_code == 1
+    assert "--stepps is no option; did you mean --steps?" in wrong.output
+
+
+@pytest.mark.parametrize("name", ["vcvae", "latte", "image_vae"])
+def test_the_scripts_for_accelerate_launch_are_the_same_programs(name):
+    script = (EXAMPLES / f"train_{name}.py").read_text()
+    assert f'sys.exit(program.run("{name}", sys.argv[1:]))' in script
+
+
+def test_options_are_read_without_pytorch():
+    code = "import sys; from vc_vae_diffusers.training import program; program.run('latte', ['--step', '3']); "
+    code += "print({'torch', 'diffusers', 'accelerate', 'av'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+def test_a_script_runs_and_reports_in_one_line():
+    done = subprocess.run([sys.executable, str(EXAMPLES / "train_vcvae.py"), "--step", "3"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "Error: --step is no option; did you mean --steps?\n"
+
+
+# ------------------------------------------------------------------------------------------------ what a run says
+
+
+def test_a_run_says_what_it_is_and_where_the_model_lies(arguments, tmp_path, caplog, monkeypatch, capsys):
+    monkeypatch.setattr(log, "is_terminal", lambda: True)
+    with caplog.at_level(logging.INFO):
+        done = CliRunner().invoke(app, ["train", "vcvae", *arguments(tmp_path / "out", *STAGE_2, "--steps", "2")])
+    assert done.exit_code == 0, done.output
+    said = "\n".join(caplog.messages)
+    model = vcvae.build_vae(vcvae_options.ModelConfig(model=str(tmp_path / "out" / "vae")))
+    assert f"AutoencoderKLVCVAE, {model.num_parameters():,} parameters, {model.num_parameters():,} of them trained" in said
+    assert "4 files to train on, 1 held-out ones to validate on" in said
+    assert "2 on 1 process, cpu, float32" in said
+    assert "bucket 1  32x32x8@24: 33.3% of the steps, 4 clips, 2 at once in about" in said
+    assert "likely to be killed" not in said
+    assert f"the model is in {tmp_path / 'out' / 'vae'}" in caplog.messages[-1]
+    shown = done.stderr.replace("\r", "\n")
+    assert "2/2" in shown
+    assert "frames/s" in shown
+    assert " left" in shown
+    assert "loss 0." in shown
+
+
+@pytest.mark.parametrize(("terminal", "more"), [(False, []), (True, ["--progress", "false"])])
+def test_no_bar_without_a_terminal_or_when_unwanted(arguments, tmp_path, monkeypatch, capsys, terminal, more):
+    monkeypatch.setattr(log, "is_terminal", lambda: terminal)
+    program.main("vcvae", arguments(tmp_path / "out", *STAGE_1, "--steps", "1", *more))
+    assert "frames/s" not in capsys.readouterr().err
+
+
+def test_a_batch_that_does_not_fit_is_said_before_the_first_step(arguments, trainer, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(memory, "held_bytes", lambda device: 10**8)  # what a process holds changes from call to call
+    built = trainer(arguments(tmp_path, *STAGE_1, "--buckets", "size=32 frames=8 fps=24 batch=4"))
+    needs, pixels = built.measure_memory(), built.pixels(built.buckets[0])
+    monkeypatch.setattr(memory, "available_memory", lambda device: needs.need(3 * pixels) + 10**6)
+    built.summary()
+    (warning,) = [message for message in caplog.messages if "likely to be killed" in message]
+    assert warning.startswith("bucket 32x32x8@24: 4 clips at once need about ")
+    assert "Give the bucket micro=2: gradients are accumulated" in warning  # 3 fit, but do not divide 4
+    caplog.clear()
+    monkeypatch.setattr(memory, "available_memory", lambda device: 1)
+    built.summary()
+    assert "Use --gradient_checkpointing true, shorter or smaller clips" in caplog.text
+
+
+def test_the_estimate_leaves_no_trace_and_grows_with_the_pixels(arguments, trainer, tmp_path):
+    argv = arguments(tmp_path, *STAGE_2)
+    built = trainer(argv)
+    state = torch.get_rng_state()
+    needs = built.measure_memory()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for learner in (built.main, built.discriminator) for p in learner.model.parameters())
+    known = list(built.model.state_dict().values())
+
+    def measured(clips: int, side: int) -> int:
+        video = torch.zeros(clips, 3, 8, side, side, requires_grad=True)
+        loss = lambda: built.trial_loss([built.model, built.discriminator.model], video)  # noqa: E731
+        return memory.activation_bytes(loss, video, known)
+
+    one = measured(1, 32)
+    assert measured(2, 32) == pytest.approx(2 * one, rel=0.1)
+    assert measured(1, 64) == pytest.approx(4 * one, rel=0.15)
+    pixels = 8 * 32 * 32
+    assert needs.need(2 * pixels) - needs.need(0) == pytest.approx(memory._OVERHEAD * 2 * one, rel=0.3)
+
+
+def test_checkpointing_lowers_the_estimate(arguments, trainer, tmp_path):
+    needs = []
+    for more in ([], ["--gradient_checkpointing", "true"]):
+        built = trainer(arguments(tmp_path, *STAGE_1, *more))
+        needs.append(built.measure_memory().per_pixel)
+    assert needs[1] < 0.8 * needs[0]
+
+
+def test_log_levels_and_folders_are_set_for_the_main_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "choose_precision", lambda name, device: "no")
+    config = vcvae_options.RunConfig(output=str(tmp_path / "new" / "run"), cpu=True, tracker="none")
+    accelerator = machine.prepare(config)
+    assert (tmp_path / "new" / "run").is_dir()
+    assert (accelerator.device.type, accelerator.num_processes) == ("cpu", 1)
