@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import av
 import matplotlib
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from training_runs import Average, Place
 from vc_vae_diffusers import AutoencoderKLVCVAE, GroupCausalTDC, TemporalInteractionTDC, bundled_model_path
 from vc_vae_diffusers.metrics import frame
 from vc_vae_diffusers.report.visualize import tdc_components, tdc_layers
-from vc_vae_diffusers.video import from_uint8, read_clip, resize_and_crop, to_uint8
+from vc_vae_diffusers.video import VideoWriter, from_uint8, read_clip, resize_and_crop
 
 matplotlib.use("Agg")
 
@@ -195,32 +196,17 @@ def latent_points(model: AutoencoderKLVCVAE, video: torch.Tensor, steps: list[fl
 
 
 def x264_points(video: torch.Tensor, rates: list[int], folder: Path) -> list[tuple[float, float]]:
-    """(bits a pixel, PSNR) of x264 (slow, yuv420p), its elementary stream's packets counted."""
-    import av
-
-    frames = to_uint8(video[0]).permute(1, 2, 3, 0).numpy()
+    """(bits a pixel, PSNR) of x264 (slow, yuv420p), its packets counted and not the container."""
     points = []
     for rate in rates:
         path = folder / "x264.mp4"
-        with av.open(str(path), "w") as container:
-            stream = container.add_stream("libx264", rate=24, options={"crf": str(rate), "preset": "slow"})
-            stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
-            size = 0
-            for picture in [
-                *(av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24") for array in frames),
-                None,
-            ]:
-                for packet in stream.encode(picture):
-                    size += packet.size
-                    container.mux(packet)
-        made = read_clip(path, num_frames=len(frames))[None]
+        with VideoWriter(path, 24, crf=rate, preset="slow", threads=1) as writer:
+            writer.write(video)
+        with av.open(str(path)) as container:
+            size = sum(packet.size for packet in container.demux(video=0))
+        made = read_clip(path, num_frames=video.shape[2])[None]
         path.unlink()
-        points.append(
-            (
-                8 * size / (frames.shape[0] * frames.shape[1] * frames.shape[2]),
-                frame.psnr(made, video, data_range=RANGE).mean().item(),
-            )
-        )
+        points.append((8 * size / video[0, 0].numel(), frame.psnr(made, video, data_range=RANGE).mean().item()))
     return points
 
 

@@ -254,6 +254,18 @@ def test_color_bars_through_h264(crf, bound, width, tmp_path):
     assert (wrong.int() - bars[:, 0].int()).abs()[:, 8:24, 38:42].max() > 10
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".mov", ".webm"])
+def test_colour_stays_in_its_place(suffix, tmp_path):
+    """Slopes of pure colour: chroma half a pixel beside its place changes them by half of their step, 1.6 levels of 3.2."""
+    across = torch.linspace(-0.8, 0.8, 64).expand(3, 2, 64, 64) * torch.tensor([-1.0, 0.0, 1.0]).view(3, 1, 1, 1)
+    for name, slope in (("across", across), ("down", across.mT)):
+        path = tmp_path / f"{name}{suffix}"
+        with VideoWriter(path, 25, crf=4, threads=1) as writer:
+            writer.write(slope)
+        off = (read_clip(path, num_frames=2) - slope)[..., 8:-8, 8:-8].mean(dim=(1, 2, 3)) * 127.5
+        assert off.abs().max() < 0.5, (name, off)
+
+
 @pytest.mark.parametrize(("policy", "size"), [("yuv444p", (33, 47)), ("pad", (34, 48))])
 def test_odd_sizes(policy, size, tmp_path):
     frames = numbered(5, 33, 47)

@@ -1,4 +1,4 @@
-"""Colours of one decoded frame: its matrix, range, depth and alpha, to RGB. Not in the paper.
+"""Colours of one decoded frame: its matrix, range, depth and alpha, to RGB; and RGB to what encoders take. Not in the paper.
 
 FFmpeg's scaler decides what it decides exactly; the matrix of deep frames is applied here (`_deep_rgb` says why).
 """
@@ -6,12 +6,14 @@ FFmpeg's scaler decides what it decides exactly; the matrix of deep frames is ap
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 
 import av
 import numpy as np
 import torch
+from av.filter import Graph
 from av.video.frame import supported_np_pix_fmts
-from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
+from av.video.reformatter import ColorPrimaries, ColorRange, ColorTrc, Interpolation, VideoReformatter
 
 # Accurate rounding and full chroma interpolation: off, swscale is 1.2/255 away from the exact conversion on average.
 SCALER_FLAGS = (
@@ -115,6 +117,36 @@ def frame_to_rgb(frame: av.VideoFrame, scaler: VideoReformatter, threads: int = 
     layout = "rgba" if has_alpha(frame) else "rgb24"
     frame = scaler.reformat(frame, format=layout, interpolation=SCALER_FLAGS, threads=threads)
     return torch.from_numpy(frame.to_ndarray()).movedim(-1, 0)
+
+
+class EncoderColours:
+    """RGB frames as an encoder takes them: BT.709, limited range, tagged so.
+
+    Args:
+        height, width: of the frames, pixels.
+        pix_fmt: what the encoder takes, such as "yuv420p".
+        time_base: of the frames' `pts`, which must increase.
+        left: where subsampled chroma lies. H.264 has it at the left of its two luma columns unless told otherwise, and
+            decoders read it so; FFmpeg's scaler puts it between them, half a pixel off. VP9 does not say:
+            FFmpeg reads it there.
+        threads: of the scaler; 0 lets it choose.
+    """
+
+    def __init__(self, height: int, width: int, pix_fmt: str, time_base: Fraction, left: bool, threads: int = 0):
+        self._graph = graph = Graph()
+        graph.threads = threads
+        source = graph.add_buffer(width=width, height=height, format=av.VideoFormat("rgb24"), time_base=time_base)
+        flags = "bilinear+accurate_rnd+full_chroma_int+full_chroma_inp"
+        place = ":out_h_chr_pos=0:out_v_chr_pos=128" if left and pix_fmt == "yuv420p" else ""
+        scale = graph.add("scale", f"flags={flags}:out_color_matrix=bt709:out_range=tv{place}")
+        graph.link_nodes(source, scale, graph.add("format", pix_fmt), graph.add("buffersink")).configure()
+
+    def __call__(self, frame: av.VideoFrame) -> av.VideoFrame:
+        """One frame of `rgb24`; its `pts` stays."""
+        self._graph.vpush(frame)
+        frame = self._graph.vpull()
+        frame.color_primaries, frame.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+        return frame
 
 
 def composite(rgb: torch.Tensor, background: Sequence[int]) -> torch.Tensor:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 
 from ..files import whole_file
 from .audio import AudioCopy
-from .colour import SCALER_FLAGS
+from .colour import EncoderColours
 from .decoding import file_url
 from .gif import GifPalette, set_last_delay
 from .info import PathLike, exact_fraction
@@ -114,10 +115,9 @@ class VideoWriter:
         self._audio = None
         if audio_from is not None:
             self._audio = AudioCopy(Path(audio_from), exact_fraction(audio_start), exact_fraction(audio_stop))
-        self._scaler = VideoReformatter()
         self._container: Any = None
         self._stream: Any = None
-        self._palette: GifPalette | None = None
+        self._converted: Callable[[av.VideoFrame], av.VideoFrame]  # from RGB to what the encoder takes
         self._first_time: Fraction | None = None
         self._last_time: Fraction | None = None
         self._last_pts = -1
@@ -218,21 +218,16 @@ class VideoWriter:
             time = steps / self.fps
         return round(time / self._stream.codec_context.time_base)
 
-    def _converted(self, frame: av.VideoFrame) -> av.VideoFrame:
-        if self._palette is not None:
-            return self._palette(frame)
+    def _conversion(self, encoder: str) -> Callable[[av.VideoFrame], av.VideoFrame]:
+        height, width = self._stream.height, self._stream.width
+        if encoder == "gif":
+            return GifPalette(height, width)
         if self._codec == "lossless":
-            return self._scaler.reformat(frame, format=self._stream.pix_fmt, threads=1)
-        frame = self._scaler.reformat(
-            frame,
-            format=self._stream.pix_fmt,
-            dst_colorspace=Colorspace.ITU709,
-            dst_color_range=ColorRange.MPEG,
-            interpolation=SCALER_FLAGS,
-            threads=self._threads,
+            return partial(VideoReformatter().reformat, format=self._stream.pix_fmt, threads=1)
+        time_base = self._stream.codec_context.time_base
+        return EncoderColours(
+            height, width, self._stream.pix_fmt, time_base, left=encoder == "libx264", threads=self._threads
         )
-        frame.color_primaries, frame.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
-        return frame
 
     def _encoder(self, odd: bool) -> tuple[str, str, dict[str, str]]:
         """FFmpeg's name of the encoder, the pixel format, the options."""
@@ -274,7 +269,7 @@ class VideoWriter:
         stream.codec_context.sample_aspect_ratio = self._aspect
         stream.thread_count = self._threads
         self._stream = stream
-        self._palette = GifPalette(height, width) if name == "gif" else None
+        self._converted = self._conversion(name)
         if self._audio is not None:
             self._audio.attach(self._container)
 
@@ -293,7 +288,7 @@ class VideoWriter:
             if self._audio is not None:
                 self._audio.copy_until(None)
             self._container.close()
-            if self._palette is not None and last_duration is not None:
+            if self._kind == ".gif" and last_duration is not None:
                 set_last_delay(self._partial, last_duration)
             self._file.close()
         except (av.FFmpegError, OSError) as error:
