@@ -62,7 +62,7 @@ def test_help_explains_every_option_and_its_default(name, options, capsys):
         ([], "Error: --data is required; --help lists all options"),
         (
             ["--data", "x", "--output", "y"],
-            "Error: give exactly one of --model, --from_image_vae and --model_config, not []",
+            "Error: give exactly one of --model, --from_image_vae and --model_config; there is none of them",
         ),
     ],
 )

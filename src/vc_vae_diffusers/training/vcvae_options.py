@@ -104,7 +104,8 @@ class Config(options.Config):
         self.at_least_one("validation_size", "validation_frames")
         given = [name for name in ("model", "from_image_vae", "model_config") if getattr(self.model, name)]
         if len(given) != 1:
-            raise ValueError(f"give exactly one of --model, --from_image_vae and --model_config, not {given}")
+            what = " and ".join(f"--{name}" for name in given) or "none of them"
+            raise ValueError(f"give exactly one of --model, --from_image_vae and --model_config; there is {what}")
         from .clip_plan import parse_buckets  # which loads PyTorch: after all that fails sooner
 
         parse_buckets(self.data.buckets)
