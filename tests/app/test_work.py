@@ -78,6 +78,16 @@ def test_latents_dropped_in_again_give_the_same_video(model, clip, tmp_path):
     assert again.scores.psnr.tolist() == []
 
 
+def test_latents_of_an_image_called_latents_keep_their_picture(model, tmp_path):
+    """The drawing of latents has that name."""
+    Image.new("RGB", (24, 40), (200, 30, 90)).save(tmp_path / "in.png")
+    first, _ = ask(Wish(tmp_path / "in.png", model), tmp_path / "first")
+    dropped = first.latents.rename(tmp_path / "latents.safetensors")
+    again, _ = ask(Wish(dropped, model), tmp_path / "again")
+    assert torch.equal(read(again.reconstruction), read(first.reconstruction))
+    assert again.latents_picture != again.reconstruction
+
+
 def test_an_image_stays_one(model, tmp_path):
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (40, 24, 3), generator=generator, dtype=torch.uint8)
@@ -122,8 +132,8 @@ def test_what_cannot_be_done_is_said_before_work(model, clip, tmp_path, limits, 
 def test_work_that_takes_too_long_is_ended_after_the_first_group(model, clip, tmp_path, monkeypatch):
     now = iter(range(0, 10**6, 100))
     monkeypatch.setattr("vc_vae_diffusers.app.work.time.monotonic", lambda: float(next(now)))
-    with pytest.raises(ValueError, match=r"about \d+ minutes here, and the app stops at 1"):
-        ask(Wish(clip, model), tmp_path / "out", Limits(seconds=60))
+    with pytest.raises(ValueError, match=r"about \d+ minutes here, and the app stops at 11"):
+        ask(Wish(clip, model), tmp_path / "out", Limits(seconds=660))
 
 
 @pytest.mark.parametrize("stage", ["encoding: 4", "decoding and measuring: 4"])
@@ -171,4 +181,4 @@ def test_the_player_cannot_be_escaped_from(model, clip, tmp_path):
     assert "</script><b>" not in page
     settings = json.loads(re.search(r"const settings = (.*?);\n", html.unescape(page))[1])
     assert settings["panels"] == outcome.panels
-    assert (settings["frames"], settings["across"]) == (4, False)
+    assert (len(settings["times"]), settings["across"]) == (4, False)

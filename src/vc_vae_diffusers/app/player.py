@@ -29,7 +29,7 @@ def player(outcome: Outcome, url: str) -> str:
         "height": outcome.height,
         "across": stacked_across(outcome.width, outcome.height),
         "fps": outcome.fps,
-        "frames": outcome.frames,
+        "times": [round(time, 4) for time in outcome.times],
         "psnr": [round(value, 2) if value < 1000 else None for value in outcome.scores.psnr],
     }
     # In a script element, "</script" would end it: JSON may write "<" as an escape.

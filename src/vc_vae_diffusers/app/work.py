@@ -68,6 +68,7 @@ class Outcome:
     height: int
     fps: float
     frames: int
+    times: list[float] = field(default_factory=list)  # seconds of every frame, from 0
     scores: FrameScores = field(default_factory=FrameScores)
     facts: dict[str, Any] = field(default_factory=dict)
     latents_picture: Path | None = None
@@ -91,14 +92,32 @@ class Clock:
     stages: int
     began: float = field(default_factory=lambda: time.monotonic())
     peak: int = 0
+    device: torch.device | None = None
+
+    def start(self, device: torch.device) -> None:
+        """The model is there: time and memory are counted from here."""
+        self.began, self.device = time.monotonic(), device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def memory(self) -> str:
+        """The most that was taken, in words."""
+        if self.device is not None and self.device.type == "cuda":
+            return f"{torch.cuda.max_memory_allocated(self.device) / 2**20:,.0f} MiB of the GPU at most"
+        return f"{self.peak / 2**20:,.0f} MiB of this process at most"
+
+    def check(self) -> None:
+        """Raises Cancelled if the visitor does not want it any more, ValueError if it has taken too long."""
+        if self.cancelled():
+            raise Cancelled
+        self.limits.check_time(time.monotonic() - self.began)
 
     def stage(self, what: str, number: int) -> Callable[[int, int | None], None]:
         """A `Progress` for one of the stages, counted from 0."""
         entered = time.monotonic()
 
         def progress(done: int, total: int | None) -> None:
-            if self.cancelled():
-                raise Cancelled
+            self.check()
             self.peak = max(self.peak, psutil.Process().memory_info().rss)
             if not total:
                 self.tell(f"{what} …")
@@ -122,15 +141,17 @@ def carry_out(
         Cancelled: if `cancelled()` became true; the folder holds no whole result then.
         ValueError, OSError: for what the visitor can put right, in words.
     """
+    clock = Clock(tell, cancelled, limits, stages=2)
+    clock.check()  # it may have waited in line
     limits.check_upload(wish.source.stat().st_size)
     tell("waiting for the model …")
     if wish.source.suffix.lower() == LATENTS:
-        return _decode_only(wish, models, limits, folder, tell, cancelled)
+        return _decode_only(wish, models, folder, clock)
     with _reader(wish) as reader:
         frames = min(reader.expected_frames or wish.num_frames, wish.num_frames)
         limits.check_size(frames, reader.width, reader.height)
-    clock = Clock(tell, cancelled, limits, stages=2)
     with models.use(wish.model, wish.dtype, wish.tile) as vae:
+        clock.start(vae.device)
         latents = folder / f"{wish.source.stem}{LATENTS}"
         with _reader(wish) as reader:
             origin = {"model": wish.model, "subfolder": ""}
@@ -138,9 +159,10 @@ def carry_out(
         outcome = _compare(vae, wish, LatentFile(latents), folder, clock.stage("decoding and measuring", 1))
         seconds = time.monotonic() - clock.began
         tell("drawing …")
+        clock.check()
         outcome.latents_picture = _save(draw_latents(_first_latents(LatentFile(latents))), folder / "latents.png")
         outcome.motion_picture = _draw_motion(vae, wish, folder / "motion.png")
-    outcome.facts = _facts(vae, outcome, seconds, clock.peak)
+    outcome.facts = _facts(vae, outcome, seconds, clock)
     return outcome
 
 
@@ -153,16 +175,15 @@ def _reader(wish: Wish) -> VideoReader:
     )
 
 
-def _decode_only(
-    wish: Wish, models: Models, limits: Limits, folder: Path, tell: Callable[[str], None], cancelled: Callable[[], bool]
-) -> Outcome:
+def _decode_only(wish: Wish, models: Models, folder: Path, clock: Clock) -> Outcome:
     """Latents that were dropped in, as a video."""
     latents = LatentFile(wish.source)
-    limits.check_size(latents.num_frames, latents.width, latents.height)
-    clock = Clock(tell, cancelled, limits, stages=1)
+    clock.limits.check_size(latents.num_frames, latents.width, latents.height)
+    clock.stages = 1
     image = latents.num_frames == 1
-    out = folder / f"{wish.source.stem}{'.png' if image else '.mp4'}"
+    out = folder / f"{wish.source.stem}_reconstruction{'.png' if image else '.mp4'}"
     with models.use(wish.model, wish.dtype, wish.tile) as vae:
+        clock.start(vae.device)
         check_fit(vae, latents)
         decode_file(vae, latents, out, image, progress=clock.stage("decoding", 0))
         seconds = time.monotonic() - clock.began
@@ -170,9 +191,10 @@ def _decode_only(
         *(out, wish.source, ["reconstruction"], out, latents.width, latents.height),
         fps=float(latents.fps),
         frames=latents.num_frames,
+        times=_times(latents),
     )
     outcome.latents_picture = _save(draw_latents(_first_latents(latents)), folder / "latents.png")
-    outcome.facts = _facts(vae, outcome, seconds, clock.peak)
+    outcome.facts = _facts(vae, outcome, seconds, clock)
     return outcome
 
 
@@ -191,6 +213,7 @@ def _compare(
         height=latents.height,
         fps=float(latents.fps),
         frames=latents.num_frames,
+        times=_times(latents),
     )
     across = stacked_across(latents.width, latents.height)
     with ExitStack() as stack, torch.no_grad():
@@ -214,6 +237,12 @@ def _compare(
             done += frames.shape[2]
             progress(done, latents.num_frames)
     return outcome
+
+
+def _times(latents: LatentFile) -> list[float]:
+    """Of every frame, as a player counts: from 0. Frames need not be equally far apart."""
+    times = latents.frame_times(0, latents.num_frames)
+    return [float(time - times[0]) for time in times]
 
 
 def stacked_across(width: int, height: int) -> bool:
@@ -270,7 +299,7 @@ def _save(picture: Any, path: Path) -> Path:
     return path
 
 
-def _facts(vae: AutoencoderKLVCVAE, outcome: Outcome, seconds: float, peak: int) -> dict[str, Any]:
+def _facts(vae: AutoencoderKLVCVAE, outcome: Outcome, seconds: float, clock: Clock) -> dict[str, Any]:
     pixels = 3 * outcome.frames * outcome.width * outcome.height
     shape = LatentFile(outcome.latents).shape[1:]
     numbers = torch.Size(shape).numel()
@@ -279,7 +308,7 @@ def _facts(vae: AutoencoderKLVCVAE, outcome: Outcome, seconds: float, peak: int)
         "latents": f"{'x'.join(map(str, shape))}, {pixels / numbers:.0f} times fewer numbers",
         "time": f"{seconds:.1f} s, {outcome.frames / seconds:.1f} frames/s on {vae.device.type} in "
         f"{str(vae.dtype).removeprefix('torch.')}",
-        "memory": f"{peak / 2**20:,.0f} MiB of this process at most",
+        "memory": clock.memory(),
     }
     if outcome.scores.psnr:
         means = outcome.scores.summary()

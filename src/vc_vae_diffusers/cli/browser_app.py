@@ -9,6 +9,7 @@ import typer
 from ..extras import install_hint
 from .models import check_model
 from .options import DeviceOption, check_place, choose_device
+from .printing import warn
 
 
 def browser_app(
@@ -39,5 +40,7 @@ def browser_app(
     from ..app.limits import Limits
     from ..app.models import BUNDLED, Models
 
+    if any_model and host not in ("127.0.0.1", "localhost", "::1"):
+        warn(f"--host {host} lets strangers in, and --any-model lets them load what they name: add --only-these")
     offered = Models([BUNDLED, *(models or [])], choose_device(device), any_model)
     serve(offered, Limits(max_frames, max_side, max_seconds, max_megabytes), host, port, inbrowser=browser)

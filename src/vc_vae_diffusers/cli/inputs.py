@@ -189,5 +189,5 @@ def open_input(
         fps=fps,
         resize=resize,
         batch_dim=True,
-        chunk_frames=max(16, 8 * groups_per_chunk),
+        chunk_frames=8 * groups_per_chunk,
     )

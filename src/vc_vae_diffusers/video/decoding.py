@@ -22,6 +22,9 @@ from .gif import gif_pixels
 from .info import ReadLimits, VideoReadError
 from .stills import check_file
 
+# What FFmpeg would read as lists of other files and of addresses, whatever the file is called. A video holds its own frames.
+_PLAYLISTS = frozenset({"concat", "dash", "hls", "imf", "sdp", "webm_dash_manifest"})
+_FORMATS = ",".join(sorted(av.formats_available - _PLAYLISTS))
 # Containers and codecs in which one packet is one presented frame, so that a scan of packet times numbers the frames.
 _INDEXABLE_FORMATS = frozenset({"mov", "matroska"})
 _INDEXABLE_CODECS = frozenset({"h264", "hevc", "av1", "vp9", "mpeg4", "mjpeg", "prores", "ffv1", "png", "dnxhd"})
@@ -35,13 +38,13 @@ def file_url(path: Path) -> str:
 
 
 def open_container(path: Path) -> av.container.InputContainer:
-    """Raises VideoReadError for anything that FFmpeg does not know as a media file."""
+    """Raises VideoReadError for anything that FFmpeg does not know as a media file, and for playlists."""
     check_file(path)
     try:
-        return av.open(file_url(path), metadata_errors="replace")
+        return av.open(file_url(path), container_options={"format_whitelist": _FORMATS}, metadata_errors="replace")
     except (av.FFmpegError, OSError) as error:
         problem = f"cannot be opened as a video ({error.strerror or error})"
-        remedy = "The file is damaged, incomplete or of another kind; re-encode or download it again."
+        remedy = "The file is damaged, incomplete, of another kind or a list of other files; re-encode or download it again."
         raise VideoReadError(path, problem, remedy) from error
 
 
