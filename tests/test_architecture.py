@@ -18,7 +18,7 @@ BEGIN, END = "<!-- tree: begin (python tests/test_architecture.py) -->\n", "<!--
 # In the order in which they may import each other, as `ROOMS` of test_import_direction.py has it.
 ROOMS = (
     *("operators", "operators/evaluation", "autoencoder", "video", "training", "generation", "publishing", "metrics"),
-    *("evaluation", "report", "coding", "app", "cli"),
+    *("evaluation", "report", "exporting", "coding", "app", "cli"),
 )
 
 

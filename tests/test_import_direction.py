@@ -46,6 +46,7 @@ ROOMS = {
     "evaluation": {"video", "metrics", "autoencoder", ""},
     "report": {"video", "operators", "autoencoder", "evaluation"},
     "": {"operators", "autoencoder", "generation", "publishing.auto"},  # the package's __init__: what users import
+    "exporting": {"", "operators"},
     "coding": {"", "video", "metrics", "autoencoder"},
     "app": {"", "video", "autoencoder", "report", "coding"},
     "cli": {
@@ -60,6 +61,7 @@ ROOMS = {
             "evaluation",
             "report",
             "coding",
+            "exporting",
         ),
         "app",
     },
@@ -83,6 +85,8 @@ OPTIONAL = {
         "rapidfuzz",
         "matplotlib",
         "onnxruntime",
+        "onnx",
+        "onnxscript",
     ),
     *("gradio", "pandas", "playwright"),
     *("cv2", "skvideo", "rapidocr", "dlib", "skimage", "torchmetrics", "pytorch_msssim"),

@@ -125,6 +125,7 @@ def test_every_command_is_registered():
         "report",
         "fetch-weights",
         "stats",
+        "export",
     }
     assert names == expected | {"demo", "app"}
     for name in names:

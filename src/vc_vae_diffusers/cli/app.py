@@ -21,6 +21,7 @@ from .decode import decode
 from .demo import demo
 from .encode import encode
 from .evaluate import evaluate
+from .export import export
 from .fetch_weights import fetch_weights
 from .info import info
 from .plan import plan
@@ -134,7 +135,7 @@ def vcvae(
     """
 
 
-for command in (reconstruct, encode, decode, info, plan, visualize, evaluate, report, fetch_weights, stats, demo):
+for command in (reconstruct, encode, decode, info, plan, visualize, evaluate, report, fetch_weights, stats, export, demo):
     app.command()(command)
 app.command("app")(browser_app)
 app.add_typer(train, name="train")
