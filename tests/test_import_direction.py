@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "vc_vae_diffusers"
 
 # Single modules that know none of the others; every room but the operators may use them.
-SHARED = {"files", "extras", "processes", "hardware"}
+SHARED = {"files", "extras", "processes", "hardware", "frame_size"}
 
 # What each room may import besides them and itself. Single modules named here are rooms of their own.
 ROOMS = {
@@ -23,7 +23,8 @@ ROOMS = {
     "metrics": set(),
     "publishing": {"video", "metrics"},
     "autoencoder": {"operators", "publishing"},
-    "generation": {"publishing", "autoencoder"},
+    "video_processor": {"video"},
+    "generation": {"publishing", "autoencoder", "video_processor"},
     "publishing.auto": {"autoencoder", "generation"},  # looks for the class that a folder names
     "training.losses": {"metrics"},  # serves any video VAE, as do the others of this kind
     "training.discriminator": set(),
@@ -45,7 +46,13 @@ ROOMS = {
     },
     "evaluation": {"video", "metrics", "autoencoder", ""},
     "report": {"video", "operators", "autoencoder", "evaluation"},
-    "": {"operators", "autoencoder", "generation", "publishing.auto"},  # the package's __init__: what users import
+    "": {
+        "operators",
+        "autoencoder",
+        "generation",
+        "publishing.auto",
+        "video_processor",
+    },  # the package's __init__: what users import
     "exporting": {"", "operators"},
     "coding": {"", "video", "metrics", "autoencoder"},
     "app": {"", "video", "autoencoder", "report", "coding"},

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         to_tdc,
     )
     from .publishing.auto import AutoVCVAEModel
+    from .video_processor import VCVAEVideoProcessor
 
 __version__ = "0.2.0"
 
@@ -42,6 +43,7 @@ _WHERE = {
     "LatteAdaLNTransformer3DModel": ".generation.latte_transformer",
     **dict.fromkeys(("LatteVCVAEPipeline", "LatteVCVAEUnconditionalPipeline"), ".generation.pipeline_latte"),
     "AutoVCVAEModel": ".publishing.auto",
+    "VCVAEVideoProcessor": ".video_processor",
     "ModelMixin": "diffusers.models.modeling_utils",  # diffusers looks for it where a pipeline's component comes from
 }
 
@@ -78,6 +80,7 @@ __all__ = [
     "ModelMixin",
     "TemporalInteractionConv3d",
     "TemporalInteractionTDC",
+    "VCVAEVideoProcessor",
     "apply_tdc",
     "bundled_model_path",
     "inflate",

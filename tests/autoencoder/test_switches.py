@@ -215,14 +215,21 @@ def test_inputs_that_are_no_video_say_what_to_pass(make_vae, tmp_path):
     for x, message in (
         (
             video.to(torch.uint8),
-            r"x is torch.uint8, it must be torch.float32, pixels in \[-1, 1\]: pass x.to\(vae.dtype\) / 127",
+            r"x is torch.uint8, it must be torch.float32, pixels in \[-1, 1\]: pass x.to\(vae.dtype\) / 127.*VideoProcessor",
         ),
         (video.long(), "x is torch.int64, it must be torch.float32"),
         (video.half(), r"x is torch.float16, the model torch.float32: pass x.to\(vae.dtype\)"),
-        (np.zeros((1, 3, 4, 16, 16)), "x is a ndarray, it must be a tensor: pass torch.from_numpy"),
+        (np.zeros((1, 3, 4, 16, 16)), "x is a ndarray, it must be a tensor: pass vc_vae_diffusers.VCVAEVideoProcessor"),
         ([video], "x is a list, it must be a tensor: join frames with torch.stack"),
-        ("clip.mp4", "x is a str, it must be a tensor: read the file with vc_vae_diffusers.video.VideoReader"),
-        (tmp_path, "it must be a tensor: read the file with"),
+        (
+            "clip.mp4",
+            r"x is a str, .*VCVAEVideoProcessor.for_vae\(vae\).preprocess_video\(…\) of it, or stream it",
+        ),
+        (tmp_path, "it must be a tensor: pass vc_vae_diffusers.VCVAEVideoProcessor"),
+        (
+            [np.zeros((4, 16, 16, 3), np.uint8)],
+            "x is a list, it must be a tensor: pass vc_vae_diffusers.VCVAEVideoProcessor",
+        ),
         (None, "x is a NoneType, it must be a tensor"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -231,7 +238,7 @@ def test_inputs_that_are_no_video_say_what_to_pass(make_vae, tmp_path):
         vae.decode(torch.zeros(1, 4, 1, 2, 2, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="frames is a str, it must be a tensor"):
         list(vae.encode_stream("clip"))
-    with pytest.raises(ValueError, match="latents is a ndarray"):
+    with pytest.raises(ValueError, match="latents is a ndarray, it must be a tensor: pass one of shape"):
         list(vae.decode_stream([np.zeros((1, 4, 1, 2, 2))]))
 
 

@@ -9,6 +9,11 @@ import torch
 from diffusers.models.activations import ACT2CLS
 from torch import nn
 
+# What makes a tensor of whatever people have.
+PROCESSOR = "vc_vae_diffusers.VCVAEVideoProcessor.for_vae(vae).preprocess_video"
+# What arguments that hold pixels, and not latents, are called.
+_PIXELS = ("x", "frames", "sample")
+
 _CHOICES = {
     "temporal_operator": ("tdc", "conv"),
     "temporal_causality": ("group", "causal"),
@@ -131,7 +136,7 @@ def check_video(x: Any, name: str, channels: int, multiple: int, dtype: torch.dt
         ValueError: naming the argument, its shape or type, the rule and what to pass.
     """
     if not isinstance(x, torch.Tensor):
-        raise ValueError(f"{name} is a {type(x).__name__}, it must be a tensor: {_how_to_make_a_tensor(x)}")
+        raise ValueError(f"{name} is a {type(x).__name__}, it must be a tensor: {_how_to_make_a_tensor(x, name)}")
     if x.ndim != 5:
         raise ValueError(
             f"{name} has shape {tuple(x.shape)}, it must be (batch, channels, frames, height, width): add the frame axis of "
@@ -152,19 +157,20 @@ def check_video(x: Any, name: str, channels: int, multiple: int, dtype: torch.dt
                 f"{max(1, -(-size // multiple)) * multiple} and crop the result, as `vcvae reconstruct` does"
             )
     if not x.is_floating_point():
-        to_range = f": pass {name}.to(vae.dtype) / 127.5 - 1" if x.dtype == torch.uint8 else ""
+        to_range = ""
+        if x.dtype == torch.uint8 and name in _PIXELS:
+            to_range = f": pass {name}.to(vae.dtype) / 127.5 - 1, or the video through {PROCESSOR}"
         raise ValueError(f"{name} is {x.dtype}, it must be {dtype}, pixels in [-1, 1]{to_range}")
     if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
         raise ValueError(f"{name} is {x.dtype}, the model {dtype}: pass {name}.to(vae.dtype), or load the model with dtype")
 
 
-def _how_to_make_a_tensor(x: Any) -> str:
-    if isinstance(x, (list, tuple)):
+def _how_to_make_a_tensor(x: Any, name: str) -> str:
+    if isinstance(x, (list, tuple)) and x and isinstance(x[0], torch.Tensor):
         return "join frames with torch.stack(frames, dim=1)[None], clips with torch.cat"
-    if hasattr(x, "__array__"):
-        return "pass torch.from_numpy(…) of it, (batch, channels, frames, height, width) and in [-1, 1]"
-    if isinstance(x, str) or hasattr(x, "__fspath__"):
-        return "read the file with vc_vae_diffusers.video.VideoReader, whose chunks encode_stream takes"
+    if name in _PIXELS and (isinstance(x, (list, tuple, str)) or hasattr(x, "__array__") or hasattr(x, "__fspath__")):
+        stream = "" if isinstance(x, (list, tuple)) or hasattr(x, "__array__") else ", or stream it with video.VideoReader"
+        return f"pass {PROCESSOR}(…) of it{stream}"
     return "pass one of shape (batch, channels, frames, height, width)"
 
 

@@ -11,8 +11,8 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from vc_vae_diffusers import AutoencoderKLVCVAE, __version__
 
+from ..frame_size import FrameSize
 from ..video import VideoReader, VideoWriter, write_image
-from .frame_size import FrameSize
 from .latent_file import FORMAT, LatentFile, LatentWriter, to_int8
 from .progress import Progress, silent
 

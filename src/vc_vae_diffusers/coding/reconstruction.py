@@ -17,9 +17,9 @@ import torch
 
 from vc_vae_diffusers import AutoencoderKLVCVAE
 
+from ..frame_size import FrameSize
 from ..metrics.frame import SSIM_WINDOW, mean_over_frames, psnr, ssim
 from ..video import VideoReader, VideoWriter, write_image
-from .frame_size import FrameSize, needs_frame_count
 from .overlap import ahead
 from .progress import Progress, silent
 
@@ -118,7 +118,8 @@ def reconstructed(
                 waiting.put(frames, times[i : i + step])
                 yield size.pad(frames).to(vae.device, vae.dtype)
 
-    count = reader.count_frames() if needs_frame_count(vae) else None
+    # "4k+1" puts the frames it repeats at the start: it must know the length beforehand.
+    count = reader.count_frames() if vae.groups.front_padded else None
     latents = (posterior.mode() for posterior in vae.encode_stream(padded(), num_frames=count))
     for decoded in vae.decode_stream(latents, num_frames=count):
         original, times = waiting.take(decoded.shape[2])

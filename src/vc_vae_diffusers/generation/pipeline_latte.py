@@ -15,12 +15,12 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.latte.pipeline_latte import LattePipelineOutput
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
-from diffusers.video_processor import VideoProcessor
 from transformers import T5EncoderModel, T5Tokenizer
 
 from ..autoencoder.autoencoder_kl_vcvae import AutoencoderKLVCVAE
 from ..autoencoder.frame_groups import FrameGroups
 from ..publishing.auto_map import HubPipelineMixin
+from ..video_processor import VCVAEVideoProcessor
 from .latte_transformer import LatteAdaLNTransformer3DModel
 
 LEARNED_VARIANCES = ("learned", "learned_range")
@@ -104,6 +104,7 @@ class LatteVCVAEPipeline(HubPipelineMixin, LattePipeline):
         scheduler: KarrasDiffusionSchedulers,
     ):
         super().__init__(tokenizer, text_encoder, vae, transformer, scheduler)
+        self.video_processor = VCVAEVideoProcessor.for_vae(self.vae)
 
     def prepare_latents(
         self,
@@ -153,8 +154,7 @@ class LatteVCVAEUnconditionalPipeline(HubPipelineMixin, DiffusionPipeline):
     ):
         super().__init__()
         self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler)
-        scale_factor = self.vae.spatial_compression_ratio if getattr(self, "vae", None) else 8
-        self.video_processor = VideoProcessor(vae_scale_factor=scale_factor)
+        self.video_processor = VCVAEVideoProcessor.for_vae(self.vae)
 
     @property
     def interrupt(self) -> bool:

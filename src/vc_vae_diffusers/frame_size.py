@@ -7,8 +7,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from vc_vae_diffusers import AutoencoderKLVCVAE
-
 
 @dataclass(frozen=True)
 class FrameSize:
@@ -24,15 +22,10 @@ class FrameSize:
         return cls(height, width, -(-height // ratio) * ratio, -(-width // ratio) * ratio)
 
     def pad(self, frames: torch.Tensor) -> torch.Tensor:
-        """`(1, C, T, H, W)` to the padded size."""
+        """`(B, C, T, H, W)` to the padded size."""
         right, bottom = self.padded_width - self.width, self.padded_height - self.height
         return F.pad(frames, (0, right, 0, bottom, 0, 0), mode="replicate") if right or bottom else frames
 
     def crop(self, frames: torch.Tensor) -> torch.Tensor:
         """Back to the original size."""
         return frames[..., : self.height, : self.width]
-
-
-def needs_frame_count(vae: AutoencoderKLVCVAE) -> bool:
-    """Whether streams must know their length beforehand: "4k+1" puts the frames it repeats at the start."""
-    return vae.groups.front_padded
