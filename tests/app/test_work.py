@@ -6,9 +6,12 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from video_files import encode, numbered_frames
 
 from vc_vae_diffusers import AutoencoderKLVCVAE
@@ -127,6 +130,26 @@ def test_what_cannot_be_done_is_said_before_work(model, clip, tmp_path, limits, 
     with pytest.raises((ValueError, OSError), match=re.escape(said)):
         ask(Wish(clip, **{"model": model, **wish}), tmp_path / "out", limits)
     assert list((tmp_path / "out").glob("*.mp4")) == []
+
+
+def test_large_pictures_in_small_files_are_refused(model, tmp_path):
+    """Their size after resizing would do."""
+    Image.new("RGB", (1200, 1000)).save(tmp_path / "bomb.png")
+    encode(tmp_path / "bomb.mkv", np.zeros((1, 1000, 1200, 3), np.uint8), "ffv1", "bgr0")
+    for source in (tmp_path / "bomb.png", tmp_path / "bomb.mkv"):
+        with pytest.raises(ValueError, match="has 1,200,000 pixels, this app takes up to 1,000,000: make it smaller first"):
+            ask(Wish(source, model, short_side=16), tmp_path / "out", Limits(megapixels=1))
+
+
+def test_latents_that_contradict_their_header_are_refused(model, clip, tmp_path):
+    """A header may claim frames that the tensors do not hold: sizes are checked by what it says."""
+    first, _ = ask(Wish(clip, model), tmp_path / "first")
+    with safe_open(str(first.latents), "pt") as file:
+        tensors, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    tensors["latents"] = tensors["latents"].repeat(1, 1, 1, 1, 40)
+    save_file(tensors, tmp_path / "wide.safetensors", metadata=header)
+    with pytest.raises(ValueError, match="do not fit its header's frames and size"):
+        ask(Wish(tmp_path / "wide.safetensors", model), tmp_path / "out")
 
 
 def test_work_that_takes_too_long_is_ended_after_the_first_group(model, clip, tmp_path, monkeypatch):

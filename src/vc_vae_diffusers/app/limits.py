@@ -3,6 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
+from os import PathLike
+
+from ..video import ReadLimits
+
+
+@dataclass(frozen=True)
+class UploadLimits(ReadLimits):
+    """Those of reading, in words for visitors, who set no variables of this machine."""
+
+    def check(self, path: str | PathLike[str], what: str, value: int | Fraction) -> None:
+        """Raises ValueError if a file has more than this of `what` ("pixels", "frames" or "seconds")."""
+        if value > (limit := getattr(self, what)):
+            raise ValueError(f"The file has {value:,.0f} {what}, this app takes up to {limit:,}: make it smaller first.")
 
 
 @dataclass(frozen=True)
@@ -14,12 +28,14 @@ class Limits:
         side: of a frame's longer side, pixels, after resizing.
         seconds: that one request may work; estimated after the first group of frames, so that nobody waits in vain.
         megabytes: of an upload.
+        megapixels: of an upload's pictures, before resizing: a file of few bytes may hold large ones.
     """
 
     frames: int = 256
     side: int = 1280
     seconds: int = 900
     megabytes: int = 200
+    megapixels: int = 36
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -39,6 +55,11 @@ class Limits:
                 f"Frames of {width}x{height} are larger than this app takes ({self.side} pixels on the longer side): choose "
                 f"a short side of at most {fitting} pixels."
             )
+
+    def reading(self) -> UploadLimits:
+        """What a file may hold, asked before its pictures are decoded."""
+        default = ReadLimits.default()
+        return UploadLimits(min(self.megapixels * 10**6, default.pixels), default.frames, default.seconds)
 
     def check_upload(self, size: int) -> None:
         """Raises ValueError for a file of too many bytes."""

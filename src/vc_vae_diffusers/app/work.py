@@ -147,16 +147,18 @@ def carry_out(
     tell("waiting for the model …")
     if wish.source.suffix.lower() == LATENTS:
         return _decode_only(wish, models, folder, clock)
-    with _reader(wish) as reader:
+    with _reader(wish, limits) as reader:
         frames = min(reader.expected_frames or wish.num_frames, wish.num_frames)
         limits.check_size(frames, reader.width, reader.height)
     with models.use(wish.model, wish.dtype, wish.tile) as vae:
         clock.start(vae.device)
         latents = folder / f"{wish.source.stem}{LATENTS}"
-        with _reader(wish) as reader:
+        with _reader(wish, limits) as reader:
             origin = {"model": wish.model, "subfolder": ""}
             encode_file(vae, reader, latents, origin, progress=clock.stage("encoding", 0))
-        outcome = _compare(vae, wish, LatentFile(latents), folder, clock.stage("decoding and measuring", 1))
+        outcome = _compare(
+            vae, wish, _reader(wish, limits), LatentFile(latents), folder, clock.stage("decoding and measuring", 1)
+        )
         seconds = time.monotonic() - clock.began
         tell("drawing …")
         clock.check()
@@ -166,12 +168,17 @@ def carry_out(
     return outcome
 
 
-def _reader(wish: Wish) -> VideoReader:
-    info = probe(wish.source)
+def _reader(wish: Wish, limits: Limits) -> VideoReader:
+    info = probe(wish.source, limits=limits.reading())
     shorter = min(info.width, info.height)
     smaller = wish.short_side if wish.short_side is not None and wish.short_side < shorter else None
     return VideoReader(
-        wish.source, start_time=wish.start or None, num_frames=wish.num_frames, resize=smaller, batch_dim=True
+        wish.source,
+        start_time=wish.start or None,
+        num_frames=wish.num_frames,
+        resize=smaller,
+        batch_dim=True,
+        limits=limits.reading(),
     )
 
 
@@ -199,7 +206,12 @@ def _decode_only(wish: Wish, models: Models, folder: Path, clock: Clock) -> Outc
 
 
 def _compare(
-    vae: AutoencoderKLVCVAE, wish: Wish, latents: LatentFile, folder: Path, progress: Callable[[int, int | None], None]
+    vae: AutoencoderKLVCVAE,
+    wish: Wish,
+    reader: VideoReader,
+    latents: LatentFile,
+    folder: Path,
+    progress: Callable[[int, int | None], None],
 ) -> Outcome:
     """Decode, measure every frame, and write the reconstruction and the picture of panels."""
     image = latents.num_frames == 1
@@ -217,7 +229,7 @@ def _compare(
     )
     across = stacked_across(latents.width, latents.height)
     with ExitStack() as stack, torch.no_grad():
-        reader = stack.enter_context(_reader(wish))
+        stack.enter_context(reader)
         writers = [] if image else [VideoWriter(path, latents.fps) for path in (outcome.reconstruction, outcome.comparison)]
         for writer in writers:
             stack.enter_context(writer)

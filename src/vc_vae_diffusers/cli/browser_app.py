@@ -26,6 +26,9 @@ def browser_app(
     max_side: Annotated[int, typer.Option("--max-side", min=8, help="Longer side of a frame in pixels.")] = 1280,
     max_seconds: Annotated[int, typer.Option("--max-seconds", min=1, help="That one request may work.")] = 900,
     max_megabytes: Annotated[int, typer.Option("--max-megabytes", min=1, help="Of an upload.")] = 200,
+    max_megapixels: Annotated[
+        int, typer.Option("--max-megapixels", min=1, help="Of an upload's pictures, before they are made smaller.")
+    ] = 36,
     device: DeviceOption = "auto",
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page.")] = True,
 ) -> None:
@@ -43,4 +46,4 @@ def browser_app(
     if any_model and host not in ("127.0.0.1", "localhost", "::1"):
         warn(f"--host {host} lets strangers in, and --any-model lets them load what they name: add --only-these")
     offered = Models([BUNDLED, *(models or [])], choose_device(device), any_model)
-    serve(offered, Limits(max_frames, max_side, max_seconds, max_megabytes), host, port, inbrowser=browser)
+    serve(offered, Limits(max_frames, max_side, max_seconds, max_megabytes, max_megapixels), host, port, inbrowser=browser)
