@@ -142,6 +142,28 @@ def test_upload_run_wipe_download(visit, clip, tmp_path):
     assert player_of(page).evaluate("settings.panels") == ["reconstruction"]
 
 
+def test_a_sample_is_there_before_it_can_be_reconstructed(visit, monkeypatch):
+    from vc_vae_diffusers.app import interface
+
+    entered, go_on, inner = threading.Event(), threading.Event(), interface.write_test_pattern
+
+    def slow(path, count):
+        entered.set()
+        go_on.wait(30)
+        inner(path, 8)
+
+    monkeypatch.setattr(interface, "write_test_pattern", slow)
+    page = visit()
+    page.get_by_role("button", name="test pattern").click()
+    assert entered.wait(30)
+    status(page, "Taking the sample")
+    sync_api.expect(page.locator("#go")).to_be_disabled()
+    go_on.set()
+    status(page, "The sample is there")
+    page.click("#go")
+    assert "8 of" in status(page, "Done")
+
+
 def test_frames_that_are_not_equally_far_apart_are_told_by_their_times(visit, tmp_path):
     path = tmp_path / "pause.mp4"
     times = [Fraction(k, 10) for k in (0, 1, 2, 12, 13, 14, 15, 16)]  # a pause of a second after the third

