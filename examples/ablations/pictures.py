@@ -223,6 +223,7 @@ def codec(model: AutoencoderKLVCVAE, data: Path, out: Path, size: int, most: int
     An honest reference, not a contest: latents here are quantised without training for it and coded without context.
     """
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     clips = []
     for path in sorted(data.glob("*.mp4")):
@@ -242,6 +243,9 @@ def codec(model: AutoencoderKLVCVAE, data: Path, out: Path, size: int, most: int
         axis.plot(*theirs.T, marker=".", label="x264 slow")
         axis.set(xscale="log", xlabel="bits a pixel", title=f"{kind} ({len(group)} clips)")
         axis.grid(alpha=0.3)
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("")
         points = [(float(b), float(p)) for b, p in theirs]
         found[kind] = [
             {"step": step, "bits": float(b), "psnr": float(p), "x264_bits": bits_at(points, float(p))}
