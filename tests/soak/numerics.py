@@ -7,7 +7,6 @@ In float64. A fault names the seed, the configuration and the property, and the 
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 import time
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from program import main
 
 OPERATORS, CAUSALITIES = ("tdc", "conv"), ("group", "causal")
 
@@ -106,17 +106,5 @@ def run(seconds: float, seed: int) -> tuple[dict[str, Any], list[str]]:
     return dict(counts), faults
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=300)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    counts, faults = run(args.seconds, args.seed)
-    print(", ".join(f"{value:,} {name}" for name, value in counts.items()), f"and {len(faults)} faults")
-    for fault in faults[:20]:
-        print("FAULT", fault)
-    return 1 if faults else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(__doc__, run))

@@ -5,7 +5,6 @@ python tests/soak/streams.py --seconds 300
 
 from __future__ import annotations
 
-import argparse
 import sys
 import threading
 import time
@@ -13,6 +12,7 @@ from typing import Any
 
 import psutil
 import torch
+from program import main
 
 from vc_vae_diffusers import AutoencoderKLVCVAE
 
@@ -69,17 +69,5 @@ def run(seconds: float, seed: int) -> tuple[dict[str, Any], list[str]]:
     return {"frames": frames, "MiB more": round(growth, 1), "streams": STREAMS}, faults
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=300)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    counts, faults = run(args.seconds, args.seed)
-    print(", ".join(f"{value:,} {name}" for name, value in counts.items()), f"and {len(faults)} faults")
-    for fault in faults[:20]:
-        print("FAULT", fault)
-    return 1 if faults else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(__doc__, run))

@@ -4,7 +4,6 @@ LPIPS is tested with a random trunk that these tests write themselves, and once 
 `vcvae fetch-weights lpips` has been run.
 """
 
-import dataclasses
 import math
 import os
 import socket
@@ -13,11 +12,9 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from safetensors.torch import save_file
 from torch import nn
 
-from vc_vae_diffusers.metrics import weights as weights_module
-from vc_vae_diffusers.metrics.weights import MissingWeightsError, tensor_digest
+from vc_vae_diffusers.metrics.weights import MissingWeightsError
 from vc_vae_diffusers.training.losses import (
     LPIPS,
     LeCam,
@@ -204,28 +201,6 @@ class TestAdaptiveWeight:
         assert float(adaptive_weight(reconstruction, gan, layer, maximum=7.0)) == 7.0
         (reconstruction + gan).backward()
         assert float(layer.grad) == 2e3
-
-
-@pytest.fixture(scope="module")
-def reference_and_folder(tmp_path_factory):
-    """The lpips package's own network with a random AlexNet trunk, and a folder that holds this trunk as ours."""
-    lpips = pytest.importorskip("lpips")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        reference = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
-    trunk = {name: value.clone() for name, value in reference.state_dict().items() if name.startswith("net.")}
-    folder = tmp_path_factory.mktemp("weights")
-    save_file(trunk, folder / "lpips_alex.safetensors")
-    table = weights_module.LPIPS_ALEX
-    converted = dataclasses.replace(table.converted, sha256=tensor_digest(trunk))
-    return reference, folder, dataclasses.replace(table, converted=converted)
-
-
-@pytest.fixture
-def random_trunk(reference_and_folder, monkeypatch):
-    reference, folder, table = reference_and_folder
-    monkeypatch.setattr(weights_module, "LPIPS_ALEX", table)
-    return reference, folder
 
 
 class TestLPIPS:

@@ -67,12 +67,16 @@ class Outcome:
     width: int
     height: int
     fps: float
-    frames: int
-    times: list[float] = field(default_factory=list)  # seconds of every frame, from 0
+    times: list[float]  # seconds of every frame, from 0
     scores: FrameScores = field(default_factory=FrameScores)
     facts: dict[str, Any] = field(default_factory=dict)
     latents_picture: Path | None = None
     motion_picture: Path | None = None
+
+    @property
+    def frames(self) -> int:
+        """How many there are."""
+        return len(self.times)
 
 
 @dataclass
@@ -197,7 +201,6 @@ def _decode_only(wish: Wish, models: Models, folder: Path, clock: Clock) -> Outc
     outcome = Outcome(
         *(out, wish.source, ["reconstruction"], out, latents.width, latents.height),
         fps=float(latents.fps),
-        frames=latents.num_frames,
         times=_times(latents),
     )
     outcome.latents_picture = _save(draw_latents(_first_latents(latents)), folder / "latents.png")
@@ -224,7 +227,6 @@ def _compare(
         width=latents.width,
         height=latents.height,
         fps=float(latents.fps),
-        frames=latents.num_frames,
         times=_times(latents),
     )
     across = stacked_across(latents.width, latents.height)

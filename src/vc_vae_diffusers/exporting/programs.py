@@ -53,14 +53,13 @@ class _Step(nn.Module):
 
 @dataclass(frozen=True)
 class Program:
-    """A step, what it is called, and how its tensors are called."""
+    """A step followed through an example, and how the tensors that go in and come out are called."""
 
     name: str
     step: _Step
-    inputs: list[str]
-    outputs: list[str]
     exported: ExportedProgram
-    cell: int  # pixels of the first input that make a cell of the latents
+    inputs: dict[str, torch.Tensor]
+    outputs: dict[str, torch.Tensor]
 
 
 def export_model(
@@ -103,16 +102,15 @@ def export_model(
             path = folder / f"{name}{SUFFIXES[kind]}"
             run = (_write_onnx if kind == "onnx" else _write_torch)(program, path)
             programs[name] = {"file": path.name, **_described(program), "difference": _difference(program, run)}
-    groups = vae.groups
     description = {
         "format": f"vcvae-{kind}",
         "version": 1,
         "package": f"vc_vae_diffusers {__version__}",
         "config": {name: vae.config[name] for name in (*_SHAPE, *_OF_LATENTS)},
         "start": {
-            "frames": _first_frames(plain),
-            "first_frame_repeated": groups.front_padded,
-            "frames_back": plain.decode_chunk(_example(plain, False, _TRACED))[0].shape[2],
+            "frames": vae.groups.total(1),
+            "first_frame_repeated": vae.groups.front_padded,
+            "frames_back": vae.groups.frames(1),
         },
         "programs": programs,
     }
@@ -130,8 +128,7 @@ def _check_onnx() -> None:
 
 
 def _plain(vae: AutoencoderKLVCVAE) -> AutoencoderKLVCVAE:
-    """A copy on the CPU in float32 with plain kernels, evaluated as they are defined: what is fast on one machine is not
-    what another runtime has."""
+    """A copy on the CPU in float32 with plain kernels, evaluated as defined: what is fast differs by runtime."""
     plain = copy.deepcopy(vae)
     plain.eval().requires_grad_(False).cpu().float()
     plain.use_tiling = plain.use_slicing = False
@@ -142,16 +139,11 @@ def _plain(vae: AutoencoderKLVCVAE) -> AutoencoderKLVCVAE:
     return plain
 
 
-def _first_frames(vae: AutoencoderKLVCVAE) -> int:
-    """Frames of a stream's first call: one that stands alone, or a group."""
-    return 1 if vae.config.first_frame == "separate" else vae.temporal_compression_ratio
-
-
 def _example(vae: AutoencoderKLVCVAE, encodes: bool, cells: tuple[int, int], start: bool = True) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     if not encodes:
         return torch.randn(1, vae.config.latent_channels, 1, *cells, generator=generator)
-    frames = _first_frames(vae) if start else vae.temporal_compression_ratio
+    frames = vae.groups.total(1) if start else vae.groups.size
     height, width = (side * vae.spatial_compression_ratio for side in cells)
     return torch.rand(1, vae.config.in_channels, frames, height, width, generator=generator) * 2 - 1
 
@@ -178,16 +170,11 @@ def _exported(vae: AutoencoderKLVCVAE, name: str) -> Program:
         return {3: pixels * rows if pixels > 1 else rows, 4: pixels * columns if pixels > 1 else columns}
 
     exported = export(step, (x, cache), dynamic_shapes=(dynamic(x), [dynamic(tensor) for tensor in cache]), strict=False)
-    count = len(step(x, cache)) - 1
-    first, result = ("frames", "moments") if encodes else ("latents", "frames")
-    return Program(
-        name,
-        step,
-        [first, *(f"cache_{k}" for k in range(len(cache)))],
-        [result, *(f"next_cache_{k}" for k in range(count))],
-        exported,
-        vae.spatial_compression_ratio if encodes else 1,
-    )
+    result, *following = step(x, cache)
+    first, made = ("frames", "moments") if encodes else ("latents", "frames")
+    inputs = {first: x, **{f"cache_{k}": tensor for k, tensor in enumerate(cache)}}
+    outputs = {made: result, **{f"next_cache_{k}": tensor for k, tensor in enumerate(following)}}
+    return Program(name, step, exported, inputs, outputs)
 
 
 Run = Callable[[list[torch.Tensor]], list[torch.Tensor]]
@@ -205,8 +192,8 @@ def _write_onnx(program: Program, path: Path) -> Run:
         warnings.simplefilter("ignore")
         made = torch.onnx.export(
             program.exported,
-            input_names=program.inputs,
-            output_names=program.outputs,
+            input_names=list(program.inputs),
+            output_names=list(program.outputs),
             dynamo=True,
             verbose=False,
         )
@@ -218,7 +205,7 @@ def _write_onnx(program: Program, path: Path) -> Run:
 
     def run(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         feed = {name: tensor.numpy() for name, tensor in zip(program.inputs, tensors, strict=True)}
-        return [torch.from_numpy(array) for array in session.run(program.outputs, feed)]
+        return [torch.from_numpy(array) for array in session.run(list(program.outputs), feed)]
 
     return run
 
@@ -239,13 +226,10 @@ def _difference(program: Program, run: Run) -> float:
 
 def _described(program: Program) -> dict[str, Any]:
     """Names and shapes; "8h" stands for 8 times a free integer h."""
-    step = program.step
-    x, cache, _ = _arguments(step.vae, step.encodes, step.structure is None, _TRACED)
-
-    def shapes(names: list[str], tensors: Sequence[torch.Tensor]) -> list[dict[str, Any]]:
-        return [{"name": name, "shape": _shape(tensor)} for name, tensor in zip(names, tensors, strict=True)]
-
-    return {"inputs": shapes(program.inputs, [x, *cache]), "outputs": shapes(program.outputs, step(x, cache))}
+    return {
+        "inputs": [{"name": name, "shape": _shape(tensor)} for name, tensor in program.inputs.items()],
+        "outputs": [{"name": name, "shape": _shape(tensor)} for name, tensor in program.outputs.items()],
+    }
 
 
 def _shape(tensor: torch.Tensor) -> list[int | str]:

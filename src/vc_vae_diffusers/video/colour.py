@@ -136,9 +136,8 @@ class EncoderColours:
         self._graph = graph = Graph()
         graph.threads = threads
         source = graph.add_buffer(width=width, height=height, format=av.VideoFormat("rgb24"), time_base=time_base)
-        flags = "bilinear+accurate_rnd+full_chroma_int+full_chroma_inp"
         place = ":out_h_chr_pos=0:out_v_chr_pos=128" if left and pix_fmt == "yuv420p" else ""
-        scale = graph.add("scale", f"flags={flags}:out_color_matrix=bt709:out_range=tv{place}")
+        scale = graph.add("scale", f"flags={int(SCALER_FLAGS)}:out_color_matrix=bt709:out_range=tv{place}")
         graph.link_nodes(source, scale, graph.add("format", pix_fmt), graph.add("buffersink")).configure()
 
     def __call__(self, frame: av.VideoFrame) -> av.VideoFrame:
