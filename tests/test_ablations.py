@@ -250,6 +250,18 @@ def test_seeds_come_one_after_the_other_and_what_is_done_is_left(tiny):
     assert {task.arm for task in schedule.plan(tiny, ["table4"], ["causal_tdc"]).tasks} == {"image", "causal_tdc"}
 
 
+def test_another_seed_is_run_at_the_rates_that_were_found(tiny):
+    best = tiny.settings.training.rates[1]
+    for arm in arms.SUITES["table4"].arms:
+        for rate, score in zip(tiny.settings.training.rates, (20, 22, 21), strict=True):
+            fake(tiny, arm, 0, rate, 4, score)
+    again = dataclasses.replace(tiny, settings=dataclasses.replace(tiny.settings, seeds=(3,)))
+    left = [task for task in schedule.plan(again, ["table4"]).tasks if not schedule.is_done(again, task)]
+    assert [(task.arm, task.seed) for task in left] == [(arm, 3) for arm in ("image", *arms.SUITES["table4"].arms)]
+    assert {task.rate for task in left[1:]} == {best}
+    assert reporting.runs_there(again, arms.SUITES["table4"].claims[0]) == (6, 8)  # two sweeps of three, two runs to come
+
+
 def test_a_suite_from_image_vae_to_report(tiny, monkeypatch):
     monkeypatch.setattr(runs.measuring, "_lpips", lambda *args: 0.5)  # its weights are not everywhere
     monkeypatch.setattr(schedule, "_MOST_RATES", 3)
@@ -376,6 +388,8 @@ def test_every_claim_names_arms_of_its_suite():
 
 def test_scales_are_read_and_wrong_ones_refused(tmp_path):
     assert ablation_settings.load_settings("paper").training.rates[1] == 1e-5
+    again = ablation_settings.load_settings("small", [3, 4])
+    assert (again.seeds, again.sweep_seed) == ((3, 4), ablation_settings.load_settings("small").seeds[0])
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text("seeds: [0]\nclips: {sise: 3}\n")
     with pytest.raises(ValueError, match="sise"):

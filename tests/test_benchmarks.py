@@ -13,13 +13,23 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from vc_vae_diffusers import bundled_model_path
 from vc_vae_diffusers.autoencoder.autoencoder_kl_vcvae import AutoencoderKLVCVAE
 from vc_vae_diffusers.operators.evaluation import Direct, GroupEnds, KernelLayer, TwoTaps
 from vc_vae_diffusers.operators.evaluation.packing import FrameConv
 from vc_vae_diffusers.operators.tdc import TemporalConv3d
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-SCRIPTS = ["distributed_scaling", "gpu_estimate", "image_speed", "precision", "train_step", "vae_memory", "vae_speed"]
+SCRIPTS = [
+    "distributed_scaling",
+    "gpu_estimate",
+    "image_speed",
+    "latent_noise",
+    "precision",
+    "train_step",
+    "vae_memory",
+    "vae_speed",
+]
 TINY = {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4}
 
 
@@ -213,6 +223,17 @@ def test_precision(tmp_path):
     for row in rows:
         assert row["cycles"].keys() == {"1", "2"}
         assert row["cycles"]["1"] > 10
+
+
+def test_latent_noise_is_of_the_given_strength_and_the_same_for_every_model(tmp_path):
+    options = ("--frames", 4, "--size", "16x24", "--noise", 0, 0.2, 0.8, "--model", "bundled", bundled_model_path())
+    rows = results("latent_noise", tmp_path, *options)["rows"]
+    assert [(row["model"], row["noise"]) for row in rows[:3]] == [("bundled", 0), ("bundled", 0.2), ("bundled", 0.8)]
+    assert [row["psnr"] for row in rows[:3]] == [row["psnr"] for row in rows[3:]]
+    clean, some, much = (row["psnr"] for row in rows[:3])
+    assert clean > some + 0.1 > much + 1
+    reference = results("precision", tmp_path, "--frames", 4, "--size", "16x24", "--cycles", 1, "--dtype", "float32")["rows"]
+    assert clean == pytest.approx(reference[0]["cycles"]["1"], abs=1e-4)
 
 
 def test_precision_takes_real_clips(tmp_path):

@@ -53,10 +53,10 @@ def runs_there(place: Place, claim: Claim) -> tuple[int, int]:
     """How many of the runs that a claim needs have a result, and how many it needs as far as is known."""
     arms = {arm for _, arm, _ in claim.terms if arm in ARMS}
     wanted = {task.run for arm in arms for task in sweep(place, arm)[0]}
-    others = len(place.settings.seeds) - 1
+    others = [seed for seed in place.settings.seeds if seed != place.settings.sweep_seed]
     there = sum(place.result(run) is not None for run in wanted)
-    there += sum(len([seed for seed in arm_results(place, arm) if seed != place.settings.seeds[0]]) for arm in arms)
-    return there, len(wanted) + others * len(arms)
+    there += sum(seed in others for arm in arms for seed in arm_results(place, arm))
+    return there, len(wanted) + len(others) * len(arms)
 
 
 def verdict(place: Place, claim: Claim, found: Interval | None) -> str:

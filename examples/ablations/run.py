@@ -3,6 +3,7 @@
     python examples/ablations/run.py table4 --data CLIPS_DIR --out runs/ablations
     python examples/ablations/run.py all --data CLIPS_DIR --out runs/ablations --workers 8
     python examples/ablations/run.py all --data CLIPS_DIR --out runs/ablations --report
+    python examples/ablations/run.py table4 --data CLIPS_DIR --out runs/ablations --seeds 3    # again, at the rates found
 
 Suites: table2, table4, table5, table6, table8, table9, shootout, why; `all` is all of them. A run that was stopped goes on
 when the same command is given again; several such commands may share one OUT. `--report` trains nothing and writes
@@ -36,6 +37,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), metavar="ARM", help="these arms only")
     parser.add_argument("--scale", default="small", help="small, paper, or a YAML file")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=(), help="instead of the scale's; rates stay as they were found"
+    )
     parser.add_argument("--workers", type=int, default=1, help="processes that train at once")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each")
     parser.add_argument("--device", default=None, help="cuda where there is one, else cpu")
@@ -128,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.set_num_threads(args.threads)
-    place = Place(args.data, args.out, load_settings(args.scale), device)
+    place = Place(args.data, args.out, load_settings(args.scale, args.seeds), device)
     if args.worker:
         return 1 if work(place, args.suites, args.arms) else 0
     failed = 0 if args.report else watch(place, args)

@@ -25,7 +25,7 @@ class Plan:
 
 
 def sweep(place: Place, arm: str) -> tuple[list[Task], float | None, dict[float, float]]:
-    """The sweep of an arm's rate, at the first seed.
+    """The sweep of an arm's rate, at one seed.
 
     The grid grows by a neighbour while the best rate lies at its edge: "its own best rate" then means one that is worse on
     both sides. Validation clips decide.
@@ -34,7 +34,7 @@ def sweep(place: Place, arm: str) -> tuple[list[Task], float | None, dict[float,
         The runs that the sweep has or needs, the best rate if it is decided, and the score of each rate so far (mean PSNR
         of the validation clips; minus infinity for a run that diverged).
     """
-    training, seed = place.settings.training, place.settings.seeds[0]
+    training, seed = place.settings.training, place.settings.sweep_seed
     rates = sorted(rate * ARMS[arm].rate_scale for rate in training.rates)
     factor = rates[1] / rates[0]
     while True:

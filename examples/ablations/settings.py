@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,13 +70,19 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class Settings:
-    """A scale."""
+    """A scale.
+
+    Attributes:
+        seeds: of the runs that are trained and reported.
+        sweep_seed: of the runs that decide the rates.
+    """
 
     name: str
     seeds: tuple[int, ...]
     clips: ClipSettings
     image: ImageSettings
     training: TrainingSettings
+    sweep_seed: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -98,8 +105,8 @@ def _build(kind: type, values: dict[str, Any], where: str) -> Any:
     return kind(**values)
 
 
-def load_settings(scale: str) -> Settings:
-    """Read a scale by name (`small`, `paper`) or from a YAML file.
+def load_settings(scale: str, seeds: Sequence[int] = ()) -> Settings:
+    """Read a scale by name (`small`, `paper`) or from a YAML file, with its own seeds or with others.
 
     Raises:
         ValueError: for a scale that does not exist, and for unknown or missing settings.
@@ -113,4 +120,5 @@ def load_settings(scale: str) -> Settings:
     for name, kind in parts.items():
         values[name] = _build(kind, values.get(name) or {}, f"{path}, {name}")
     values["name"] = path.stem
-    return _build(Settings, values, str(path))
+    settings = _build(Settings, values, str(path))
+    return dataclasses.replace(settings, seeds=tuple(seeds)) if seeds else settings

@@ -32,6 +32,8 @@ _LARGEST = 2**31 - 1  # FFmpeg's fractions are of 32-bit integers
 _LEAST_TICKS, _MOST_TICKS, _COMMON_TICKS = 10_000, 240_000, 90_000
 _PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
 _GIF_RATE = 50
+# With AVX-512, x264 writes other bytes at every run on some processors (its macroblock tree, a Xeon of 2023); not with AVX2.
+_X264 = {"x264-params": "asm=avx2"} if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else {}
 _MOV = (".mp4", ".m4v", ".mov")
 
 
@@ -240,10 +242,10 @@ class VideoWriter:
                 return "libvpx-vp9", "gbrp", {"lossless": "1", **effort}
             return "libvpx-vp9", full_chroma, {"crf": f"{round(self._crf)}", "b": "0", **effort}
         if self._codec == "h264":
-            return "libx264", full_chroma, {"crf": f"{self._crf:g}", "preset": self._preset}
+            return "libx264", full_chroma, _X264 | {"crf": f"{self._crf:g}", "preset": self._preset}
         if self._kind == ".mkv":
             return "ffv1", "bgr0", {"level": "3", "slicecrc": "1", "slices": "4"}
-        return "libx264rgb", "rgb24", {"qp": "0", "preset": self._preset}
+        return "libx264rgb", "rgb24", _X264 | {"qp": "0", "preset": self._preset}
 
     def _time_base(self, variable: bool) -> Fraction:
         if self._kind == ".gif":
