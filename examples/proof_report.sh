@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Measure the bundled model and its rivals on the clips held out of its training, and write the report page of docs/report:
 #
-#     IMAGE_VAE=runs/image_vae/image_vae bash examples/proof_report.sh CLIPS_FOLDER OUT_FOLDER [LABEL=SOURCE ...]
+#     bash examples/proof_report.sh CLIPS_FOLDER OUT_FOLDER [LABEL=SOURCE ...]
 #
-# Beside the bundled model: its untrained state (IMAGE_VAE inflated), IMAGE_VAE frame by frame, and the models that are
-# named, e.g. the peers of train_peers.sh. A run that was stopped goes on when it is started again, and a later run adds the
+# Beside the bundled model: the models that are named, e.g. the peers of train_peers.sh, and with IMAGE_VAE=FOLDER, the image
+# VAE that the bundled model was made of, that one frame by frame and inflated without a step of video. A run that was stopped goes on when it is started again, and a later run adds the
 # models that are not there yet. LPIPS and FVD need their weights once: `vcvae fetch-weights`.
 #
 # SKIP_256=1 leaves out the table at 256 pixels.
@@ -12,12 +12,12 @@
 set -euo pipefail
 clips=${1:?usage: proof_report.sh CLIPS_FOLDER OUT_FOLDER [LABEL=SOURCE ...]}
 out=${2:?usage: proof_report.sh CLIPS_FOLDER OUT_FOLDER [LABEL=SOURCE ...]}
-image_vae=${IMAGE_VAE:?folder of the image VAE that the bundled model was made of}
 here=$(cd "$(dirname "$0")" && pwd)
 
 [ -f "$out/first_windows.txt" ] || python "$here/proof_clips.py" --data "$clips" --clips "$here/configs/tiny_clips.txt" --output "$out"
 
-models=(--model "untrained=inflate:$image_vae" --model "2-D frame by frame=$image_vae")
+models=()
+[ -z "${IMAGE_VAE:-}" ] || models=(--model "untrained=inflate:$IMAGE_VAE" --model "2-D frame by frame=$IMAGE_VAE")
 for model in "${@:3}"; do models+=(--model "$model"); done
 models+=(--model "VC-VAE (bundled)=vcvae-tiny")
 first=(--samples "$out/first_windows.txt")
@@ -40,7 +40,7 @@ fi
 measure photographs-128 "${models[@]}" --data "$out/shown" --protocol folder --size 128 --metrics "$cheap" --save-frames 1
 
 vcvae report "${results[@]}" --out "$out/report" --strip-frames 3 --title "VC-VAE in small: a proof of the tools" \
-    --note "Tiny models, trained on one CPU core on 52 short clips: this shows that the tools work, and ranks no method." \
+    --note "Tiny models, trained for minutes on 52 short clips: this shows that the tools work, and ranks no method." \
     --note "Held out: 7 clips, $(find "$out/windows" -name '*.mkv' | wc -l) windows of 16 scored frames. FVD of so few windows is \
 biased upwards and of high variance: read it within one table at most." \
     --note "The held-out clips may not be shown here. The pictures are of a camera move over a photograph without copyright \
