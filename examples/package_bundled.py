@@ -30,6 +30,7 @@ from vc_vae_diffusers.publishing.hub import (
     write_json,
     write_model_card,
 )
+from vc_vae_diffusers.publishing.picture import draw_reconstruction
 from vc_vae_diffusers.training.data import expand_patterns, find_files
 from vc_vae_diffusers.training.latent_stats import measure_latents, write_statistics
 
@@ -225,7 +226,7 @@ def main(argv: list[str] | None = None) -> None:
         metrics=metrics,
         comparison=beside,
     )
-    write_model_card(fresh, content, use=BUNDLED_USAGE)
+    write_model_card(fresh, content, use=BUNDLED_USAGE, caption=draw_reconstruction(half, fresh))
     shutil.rmtree(args.out, ignore_errors=True)
     os.replace(fresh, args.out)
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tiny_models import tiny_vae
 from video_files import encode, numbered_frames
 
+from vc_vae_diffusers import bundled_model_path
 from vc_vae_diffusers.autoencoder.autoencoder_kl_vcvae import AutoencoderKLVCVAE
 
 pytest.importorskip("matplotlib")
@@ -114,6 +115,7 @@ def test_the_packaged_folder(package, logs, tmp_path, monkeypatch):
     folder = tmp_path / "packed"
     assert {path.name for path in folder.iterdir()} == {
         *("README.md", "config.json", "diffusion_pytorch_model.safetensors", "loss_curves.png", "vc_vae_diffusers.py"),
+        "reconstruction.png",
     }
     weights = load_file(folder / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
@@ -121,6 +123,8 @@ def test_the_packaged_folder(package, logs, tmp_path, monkeypatch):
     assert vae.config.latents_mean != tiny_vae().config.latents_mean
     assert str(tmp_path) not in (folder / "config.json").read_text()
 
+    bundled = bundled_model_path()
+    assert {path.name for path in bundled.iterdir()} == {path.name for path in folder.iterdir()}
     card = ModelCard((folder / "README.md").read_text())
     values = [(result.metric_name, result.metric_value, result.dataset_name[-6:]) for result in card.data.eval_results]
     assert values == [
@@ -129,6 +133,12 @@ def test_the_packaged_folder(package, logs, tmp_path, monkeypatch):
         ("PSNR", 25.756, "256 px"),
         ("SSIM", 0.75, "256 px"),
     ]
+    pictured = (
+        re.escape("![Frames and their reconstruction](reconstruction.png)")
+        + r"\n\nAbove, frames of .* dB PSNR over \d frames\."
+    )
+    for shown in (card.text, (bundled / "README.md").read_text()):
+        assert re.search(pictured, shown)
     assert "By a test.\n\n![Training loss and PSNR on held-out clips](loss_curves.png)" in card.text
     assert re.findall(r"^\| 7 held-out clips, 16 frames, (\d+) px \| PSNR dB \| SSIM \|$", card.text, re.M) == ["128", "256"]
     assert "| untrained | 23.38 | 0.7500 |\n| Stage I | 24.88 | 0.7500 |" in card.text
