@@ -2,10 +2,11 @@
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 import torch
+from diffusers.utils import logging as verbosity
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -15,6 +16,15 @@ from vc_vae_diffusers.metrics import weights
 from vc_vae_diffusers.operators.tdc import TemporalConv3d
 
 TINY = {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4}
+
+
+@pytest.fixture(autouse=True)
+def log_records() -> Iterator[None]:
+    """Let `caplog`, which listens at the root, hear the package as it hears others; what a test sets does not stay."""
+    verbosity.enable_propagation()
+    level = verbosity.get_verbosity()
+    yield
+    verbosity.set_verbosity(level)
 
 
 @pytest.fixture

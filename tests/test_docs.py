@@ -231,7 +231,8 @@ RUN = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     [block for page in RUN for block in blocks(page, "python") if not block.text.startswith("# needs")],
     ids=str,
 )
-def test_python_of_the_pages_runs(block):
+def test_python_of_the_pages_runs(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # blocks may write
     torch.manual_seed(0)
     exec(compile(block.text, str(block), "exec"), {})
 

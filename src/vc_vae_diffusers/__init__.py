@@ -5,6 +5,7 @@ Names are imported at first use, as diffusers and transformers do: `import vc_va
 """
 
 import importlib
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from .video_processor import VCVAEVideoProcessor
 
 __version__ = "0.2.0"
+
+# What the package says is governed as what diffusers says is: `diffusers.utils.logging.set_verbosity_error()`.
+logging.getLogger(__name__).parent = logging.getLogger("diffusers")
 
 _OPERATORS = (
     *("CausalConv3d", "CausalTDC", "GroupCausalConv3d", "GroupCausalTDC", "TemporalInteractionConv3d"),

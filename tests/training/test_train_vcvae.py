@@ -376,7 +376,7 @@ def test_validation_files_of_one_stem_make_two_videos(arguments, run, data, tmp_
 )
 def test_precision_follows_the_hardware(monkeypatch, caplog, wanted, able, chosen, words):
     monkeypatch.setattr(machine, "has_bfloat16", lambda device: able)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="vc_vae_diffusers"):
         assert machine.choose_precision(wanted, torch.device("cpu")) == chosen
     assert len(caplog.messages) == (words is not None)
     assert words is None or words in caplog.messages[0]

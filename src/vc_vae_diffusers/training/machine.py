@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from diffusers.utils import logging as verbosity
 
 from ..extras import install_hint
 from ..hardware import has_bfloat16
@@ -35,14 +36,23 @@ def prepare(run: RunConfig) -> Accelerator:
     if run.deterministic:
         torch.use_deterministic_algorithms(True)
     state = processes("cpu" if run.cpu else None)
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger().setLevel(logging.INFO if state.is_main_process else logging.WARNING)
-    for library in ("accelerate", "httpx"):
-        logging.getLogger(library).setLevel(logging.WARNING)
+    _log(state.is_main_process)
     precision = choose_precision(run.mixed_precision, state.device)
     Path(run.output).mkdir(parents=True, exist_ok=True)
     cpu = state.device.type == "cpu"
     return Accelerator(cpu=cpu, mixed_precision=precision, log_with=tracker, project_dir=run.output)
+
+
+def _log(main: bool) -> None:
+    """Records of this package and of diffusers go where the program's others go.
+
+    The main process says how training goes, unless diffusers' verbosity is another than its default: then that holds.
+    """
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    verbosity.disable_default_handler()
+    verbosity.enable_propagation()
+    says = main and verbosity.get_verbosity() == logging.WARNING
+    logging.getLogger(__package__).setLevel(logging.INFO if says else logging.NOTSET)
 
 
 def checkpoints_of(run: RunConfig) -> Path:
