@@ -57,7 +57,7 @@ def test_a_request_in_line_can_be_cancelled_and_others_go_on(app, clip):
     app._threads.submit(go_on.wait, 30)
     first, second = ask(app, clip, "a"), ask(app, clip, "b")
     assert next(first)[0] == next(second)[0] == "waiting …"
-    assert app.cancel(visitor("b")) == "Cancelling after this group of frames …"
+    assert app.cancel(visitor("b")) == "Cancelling …"
     go_on.set()
     assert last_status(second) == "Cancelled."
     assert last_status(first).startswith("Done")

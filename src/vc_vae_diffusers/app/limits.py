@@ -29,6 +29,7 @@ class Limits:
         seconds: that one request may work; estimated after the first group of frames, so that nobody waits in vain.
         megabytes: of an upload.
         megapixels: of an upload's pictures, before resizing: a file of few bytes may hold large ones.
+        gigabytes: of all visitors' uploads and results together.
     """
 
     frames: int = 256
@@ -36,6 +37,7 @@ class Limits:
     seconds: int = 900
     megabytes: int = 200
     megapixels: int = 36
+    gigabytes: int = 20
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -65,6 +67,14 @@ class Limits:
         """Raises ValueError for a file of too many bytes."""
         if size > self.megabytes * 10**6:
             raise ValueError(f"The file has {size / 10**6:.0f} MB, this app takes up to {self.megabytes} MB: cut it first.")
+
+    def check_room(self, taken: int) -> None:
+        """Raises ValueError where the files of all visitors take too many bytes."""
+        if taken > self.gigabytes * 10**9:
+            raise ValueError(
+                f"The files of all visitors take {taken / 10**9:.0f} GB, as many as this app keeps: try again later. Each "
+                "goes when its visitor leaves, or after an hour."
+            )
 
     def check_time(self, seconds: float) -> None:
         """Raises ValueError for work that will take too long."""

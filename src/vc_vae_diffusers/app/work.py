@@ -99,10 +99,11 @@ class Clock:
     device: torch.device | None = None
 
     def start(self, device: torch.device) -> None:
-        """The model is there: time and memory are counted from here."""
+        """The model is there: time and memory are counted from here. Raises Cancelled if nobody waits for it any more."""
         self.began, self.device = time.monotonic(), device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+        self.check()
 
     def memory(self) -> str:
         """The most that was taken, in words."""
@@ -167,6 +168,7 @@ def carry_out(
         tell("drawing …")
         clock.check()
         outcome.latents_picture = _save(draw_latents(_first_latents(LatentFile(latents))), folder / "latents.png")
+        clock.check()
         outcome.motion_picture = _draw_motion(vae, wish, folder / "motion.png")
     outcome.facts = _facts(vae, outcome, seconds, clock)
     return outcome

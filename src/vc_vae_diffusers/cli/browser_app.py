@@ -29,6 +29,9 @@ def browser_app(
     max_megapixels: Annotated[
         int, typer.Option("--max-megapixels", min=1, help="Of an upload's pictures, before they are made smaller.")
     ] = 36,
+    max_gigabytes: Annotated[
+        int, typer.Option("--max-gigabytes", min=1, help="Of all visitors' uploads and results together.")
+    ] = 20,
     device: DeviceOption = "auto",
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page.")] = True,
 ) -> None:
@@ -46,4 +49,5 @@ def browser_app(
     if any_model and host not in ("127.0.0.1", "localhost", "::1"):
         warn(f"--host {host} lets strangers in, and --any-model lets them load what they name: add --only-these")
     offered = Models([BUNDLED, *(models or [])], choose_device(device), any_model)
-    serve(offered, Limits(max_frames, max_side, max_seconds, max_megabytes, max_megapixels), host, port, inbrowser=browser)
+    limits = Limits(max_frames, max_side, max_seconds, max_megabytes, max_megapixels, max_gigabytes)
+    serve(offered, limits, host, port, inbrowser=browser)
