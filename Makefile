@@ -40,9 +40,10 @@ package: $(VENV)/.installed ## build sdist and wheel, install the wheel without 
 
 # What takes minutes, of random cases with seeds; MINUTES bounds each program.
 MINUTES ?= 5
-soak: $(VENV)/.installed ## hostile files, kills, random models and long streams (docs/reliability.md)
+soak: $(VENV)/.installed ## hostile files, kills, full disks, random models and long streams (docs/reliability.md)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/hostile_files.py --cases 100000 --seconds $$((60 * $(MINUTES)))
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/kills.py --kills 200 --seconds $$((60 * $(MINUTES)))
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/disk.py --seconds $$((60 * $(MINUTES)))
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/numerics.py --seconds $$((60 * $(MINUTES)))
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/streams.py --seconds $$((60 * $(MINUTES)))
 

@@ -1,5 +1,6 @@
 """Files that are whole or not there, with the permissions of others: what writes weights must not make them private."""
 
+import errno
 import hashlib
 import os
 import stat
@@ -9,9 +10,11 @@ import sys
 import pytest
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
 from tiny_models import tiny_latte, tiny_vae
 
 from vc_vae_diffusers import files
+from vc_vae_diffusers.files import whole_file
 from vc_vae_diffusers.training.any_vae import TrainableVAE
 from vc_vae_diffusers.training.checkpoints import save_checkpoint, save_model
 from vc_vae_diffusers.training.latent_cache import claim_folder
@@ -93,3 +96,22 @@ def test_leftovers_of_killed_processes_go_with_the_next_write(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         files.write_json(tmp_path / "new.json", float("inf"))
     assert files.file_digest(tmp_path / "new.json") == hashlib.sha256((tmp_path / "new.json").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_errors_of_a_full_disk_name_the_file(tmp_path, number):
+    path = tmp_path / "out.bin"
+    path.write_bytes(b"older")
+    raised = [OSError(number, os.strerror(number)), SafetensorError(f"I/O error: no room (os error {number})")]
+    for error in raised:
+        with pytest.raises(OSError, match="free some or write elsewhere") as found, whole_file(path):
+            raise error
+        assert (found.value.errno, found.value.filename) == (number, str(path))
+        assert found.value.__cause__ is error
+    others = [OSError(errno.EIO, "not ours"), OSError(errno.ENOSPC, "named", "other"), SafetensorError("truncated")]
+    for error in others:
+        with pytest.raises(type(error)) as found, whole_file(path):
+            raise error
+        assert found.value is error
+    assert path.read_bytes() == b"older"
+    assert [file.name for file in tmp_path.iterdir()] == ["out.bin"]

@@ -18,3 +18,11 @@ def test_hostile_files_in_small():
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1].startswith("0 wrong outcomes")
     assert done.stdout.count("'refused'") == 5
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes are forked, and disks mounted")
+@pytest.mark.skipif(importlib.util.find_spec("av") is None, reason="PyAV makes the files")
+def test_full_disks_in_small():
+    done = subprocess.run([sys.executable, str(SOAK / "disk.py"), "--seconds", "6"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(done.stdout.split()[0]) > 0

@@ -1,6 +1,7 @@
 """Files that are whole or not there, with the permissions that the user's umask asks for."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -13,8 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 # `.NAME.HOST-PID-RANDOM.partSUFFIX`: who writes it, so that the leftovers of a killed process can be told.
 _PARTIAL = re.compile(r"\..*\.(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}\.part(\.[^.]*)?")
+
+# What a disk says that takes no more: writing raises these without a name, and safetensors errors of its own.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 def _host() -> str:
@@ -46,13 +53,27 @@ def remove_stale(folder: Path) -> None:
 
 
 @contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Errors of a disk that is full name what could not be written to it."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        found = _OS_ERROR.search(str(error))
+        number = int(found[1]) if found and isinstance(error, SafetensorError) else getattr(error, "errno", None)
+        if number not in _NO_ROOM or getattr(error, "filename", None):
+            raise
+        raise OSError(number, f"{os.strerror(number)}, free some or write elsewhere", os.fspath(path)) from error
+
+
+@contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     """Give a name beside `path` to write to. The file takes its place when the block ends, and goes if the block raises."""
     partial = partial_path(path)
     try:
-        yield partial
-        follow_umask(partial)
-        os.replace(partial, path)
+        with naming(path):
+            yield partial
+            follow_umask(partial)
+            os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -19,54 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
-import av
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from tiny_models import tiny_vae
-from video_files import encode, numbered_frames
-
-from vc_vae_diffusers import coding
-from vc_vae_diffusers.cli.app import app
-from vc_vae_diffusers.coding import latent_shards, latents, reconstruction
-
-IMPORTED = (coding, latent_shards, latents, reconstruction, av)
-
-
-def start(words: list[str]) -> int:
-    """`vcvae WORDS` in a forked process; returns its id."""
-    child = os.fork()
-    if child:
-        return child
-    code = 70
-    try:
-        sink = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(sink, 1)
-        os.dup2(sink, 2)
-        app(words, standalone_mode=False)
-        code = 0
-    finally:
-        os._exit(code)
-
-
-def run(words: list[str]) -> float:
-    """Run it to its end; returns its seconds."""
-    begin = time.monotonic()
-    _, status = os.waitpid(start(words), 0)
-    if status:
-        raise RuntimeError(f"vcvae {' '.join(words)} ended with {os.waitstatus_to_exitcode(status)}")
-    return time.monotonic() - begin
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    """What stands under a final name, file or folder; hidden files are temporary."""
-    if path.is_file():
-        return {path.name: path.read_bytes()}
-    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file() and p.name[0] != "."}
-
-
-def leftovers(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.rglob(".*.part*"))
+from commands import contents, leftovers, prepare, run, start
 
 
 def trial(name: str, words: list[str], out: Path, kills: int, until: float) -> list[str]:
@@ -109,24 +63,12 @@ def main() -> int:
     begin, wrong = time.monotonic(), []
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root)
-        tiny_vae().save_pretrained(folder / "model")
-        (folder / "videos").mkdir()
-        for name in ("a.mkv", "b.mkv", "c.mkv"):
-            video = encode(folder / "videos" / name, numbered_frames(24), "ffv1", "yuv444p")
-        latents_file = folder / "in.safetensors"
-        model = ["--model", str(folder / "model"), "--device", "cpu"]
-        run(["encode", str(video), str(latents_file), *model])
-        commands = {
-            "encode": (["encode", str(video)], "out.safetensors", []),
-            "decode": (["decode", str(latents_file)], "out.mp4", ["--lossless"]),
-            "reconstruct": (["reconstruct", str(video)], "out.mp4", ["--lossless"]),
-            "shards": (["encode", str(folder / "videos")], "out", ["--shards", "1"]),
-        }
+        commands = prepare(folder)
         for number, (name, (words, out, more)) in enumerate(commands.items()):
             place = folder / f"to-{name}"
             place.mkdir()
             until = time.monotonic() + (begin + options.seconds - time.monotonic()) / (len(commands) - number)
-            wrong += trial(name, [*words, str(place / out), *more, *model], place / out, options.kills, until)
+            wrong += trial(name, [*words, str(place / out), *more], place / out, options.kills, until)
     print("\n".join([*wrong, f"{len(wrong)} wrong in {time.monotonic() - begin:.0f} s"]))
     return 1 if wrong else 0
 

@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import struct
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..files import partial_path, whole_file
+from ..files import whole_file
 
 FORMAT = "vcvae-latents-1"
 _LARGEST = 2**31 - 1  # what FFmpeg's rates and ratios hold above and below the line, and far more seconds than a video has
@@ -56,20 +55,11 @@ class LatentWriter:
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         self._begin, self._size = 8 + len(text), size
-        self._partial = partial_path(path)
-        self._file: BinaryIO = open(self._partial, "wb")  # noqa: SIM115 (closed by _drop)
-        try:
+        with contextlib.ExitStack() as stack:
+            self._file: BinaryIO = stack.enter_context(open(stack.enter_context(whole_file(path)), "wb"))
             self._file.write(struct.pack("<Q", len(text)) + text)
             self._file.truncate(self._begin + size + 8 * num_frames)
-        except BaseException:
-            self._drop()
-            raise
-
-    def _drop(self) -> None:
-        """Close and remove the partial file; what a full disk does not take any more is lost anyway."""
-        with contextlib.suppress(OSError):
-            self._file.close()
-        self._partial.unlink(missing_ok=True)
+            self._whole = stack.pop_all()
 
     def __enter__(self) -> LatentWriter:
         return self
@@ -87,21 +77,17 @@ class LatentWriter:
         """Seconds of the next frames."""
         self._times.extend(times)
 
-    def __exit__(self, exc_type: type[BaseException] | None, *exc_info: object) -> None:
-        try:
-            if exc_type is None:
-                if (self._filled, len(self._times)) != (self.shape[2], self._num_frames):
-                    raise ValueError(
-                        f"IN: gave {len(self._times)} frames where counting gave {self._num_frames}; it changed meanwhile."
-                    )
-                self._file.seek(self._begin + self._size)
-                self._file.write(struct.pack(f"<{self._num_frames}d", *map(float, self._times)))
-                self._file.close()
-                os.replace(self._partial, self.path)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.path)) from error
-        finally:
-            self._drop()
+    def __exit__(self, *exc_info: Any) -> None:
+        if exc_info[0] is not None:
+            self._whole.__exit__(*exc_info)
+            return
+        with self._whole:
+            if (self._filled, len(self._times)) != (self.shape[2], self._num_frames):
+                raise ValueError(
+                    f"IN: gave {len(self._times)} frames where counting gave {self._num_frames}; it changed meanwhile."
+                )
+            self._file.seek(self._begin + self._size)
+            self._file.write(struct.pack(f"<{self._num_frames}d", *map(float, self._times)))
 
 
 class LatentFile:
