@@ -40,12 +40,14 @@ package: $(VENV)/.installed ## build sdist and wheel, install the wheel without 
 
 # What takes minutes, of random cases with seeds; MINUTES bounds each program.
 MINUTES ?= 5
-soak: $(VENV)/.installed ## hostile files, kills, full disks, random models and long streams (docs/reliability.md)
+soak: $(VENV)/.installed ## hostile files, kills, full disks, random models, long videos, many visitors (docs/reliability.md)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/hostile_files.py --cases 100000 --seconds $$((60 * $(MINUTES)))
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/kills.py --kills 200 --seconds $$((60 * $(MINUTES)))
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/disk.py --seconds $$((60 * $(MINUTES)))
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/numerics.py --seconds $$((60 * $(MINUTES)))
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/streams.py --seconds $$((60 * $(MINUTES)))
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/long_video.py --frames $$((4000 * $(MINUTES)))
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/app_load.py --requests $$((100 * $(MINUTES)))
 
 docs: $(VENV)/.installed ## build the site of docs/ into build/site, links checked
 	$(BIN)/python -m pip install --quiet --editable ".[docs]"
