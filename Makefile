@@ -43,6 +43,7 @@ MINUTES ?= 5
 soak: $(VENV)/.installed ## hostile files, kills, full disks, random models, long videos, many visitors (docs/reliability.md)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/hostile_files.py --cases 100000 --seconds $$((60 * $(MINUTES)))
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/kills.py --kills 200 --seconds $$((60 * $(MINUTES)))
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/kills.py --kills 30 --seconds $$((60 * $(MINUTES))) --long
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/disk.py --seconds $$((60 * $(MINUTES)))
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/numerics.py --seconds $$((60 * $(MINUTES)))
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/streams.py --seconds $$((60 * $(MINUTES)))

@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -101,24 +102,23 @@ def soak(seconds: float, seed: int) -> tuple[dict[str, float], list[str]]:
         (Path(root) / "files").mkdir()
         commands = prepare(Path(root) / "files")
         with place(Path(root)) as (folder, fault):
-            commands |= {
-                suffix: (commands["decode"][0], f"out.{suffix}", commands["encode"][2]) for suffix in ("webm", "gif", "mov")
-            }
-            words, out, more = commands["reconstruct"]
-            commands["compare"] = (words, out, [*more, "--compare", str(folder / "beside.mkv")])
+            for suffix in ("webm", "gif", "mov"):
+                commands[suffix] = replace(commands["decode"], out=f"out.{suffix}", more=commands["encode"].more)
+            beside = ["--compare", str(folder / "beside.mkv")]
+            commands["compare"] = replace(commands["reconstruct"], more=[*commands["reconstruct"].more, *beside])
             sizes = {}
-            for name, (words, out, more) in commands.items():
-                run([*words, str(folder / out), *more])
+            for name, case in commands.items():
+                run([*case.words, str(folder / case.out), *case.more])
                 sizes[name] = sum(map(len, contents(folder).values()))
                 empty(folder)
             begin = time.monotonic()
             while time.monotonic() - begin < seconds:
-                name, (words, out, more) = rng.choice(list(commands.items()))
+                name, case = rng.choice(list(commands.items()))
+                out = folder / case.out
                 empty(folder)
-                if "." in out and rng.random() < 0.5:
-                    (folder / out).write_bytes(b"older" * 10)
-                words = [*words, str(folder / out), *more]
-                faults += trial(name, words, folder / out, sizes[name], fault, rng, Path(root) / "log")
+                if out.suffix and rng.random() < 0.5:
+                    out.write_bytes(b"older" * 10)
+                faults += trial(name, [*case.words, str(out), *case.more], out, sizes[name], fault, rng, Path(root) / "log")
                 trials += 1
     return {f"commands without room ({fault.__name__})": trials}, faults
 
