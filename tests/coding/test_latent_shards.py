@@ -18,6 +18,8 @@ from vc_vae_diffusers import AutoencoderKLVCVAE
 from vc_vae_diffusers.cli.app import app
 from vc_vae_diffusers.coding import latent_shards
 from vc_vae_diffusers.coding.latent_file import LatentFile, to_int8
+from vc_vae_diffusers.training import stored_latents
+from vc_vae_diffusers.training.data import DataError
 from vc_vae_diffusers.video import VideoReader, probe
 
 runner = CliRunner()
@@ -198,3 +200,16 @@ def test_a_file_without_its_tensors_is_refused(collection, model, tmp_path):
     metadata, tensors = LatentFile(path).metadata, load(path.read_bytes())
     save_file({"latents": tensors["latents"]}, path, metadata=metadata)
     assert "File does not contain tensor times" in run("decode", path, tmp_path / "x.mp4", code=1).stderr
+
+
+def test_a_header_that_promises_more_than_there_is_takes_no_memory(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        member = tarfile.TarInfo("a.safetensors")
+        archive.addfile(member)
+    whole = (tmp_path / "x.tar").read_bytes()
+    member.size = 10**13  # more than any machine has
+    (tmp_path / "x.tar").write_bytes(member.tobuf() + whole[512:])
+    with pytest.raises(ValueError, match="no readable tar file"), latent_shards.unpacked(tmp_path / "x.tar"):
+        pass
+    with pytest.raises(DataError, match="ends behind the file"):
+        stored_latents._samples(str(tmp_path / "x.tar"), {})

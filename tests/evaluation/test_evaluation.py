@@ -121,15 +121,30 @@ def test_changed_presets_do_not_pass_for_the_preset(tmp_path):
         ({"kind": "image"}, "images have only"),
         ({"kind": "tokbench", "text_bins": (0.1, 0.2)}, "three bins"),
         ({"kind": "generation"}, "generation has fvd alone"),
+        ({"num_frames": "16"}, "num_frames is '16' in protocol 'test', but must be int | None"),
+        ({"without_first_frame": 1}, "without_first_frame is 1 .* must be bool"),
+        ({"size": True}, "size is True"),
+        ({"metrics": "psnr"}, "metrics is 'psnr' .* must be tuple"),
+        ({"tables": [1]}, "tables is"),
+        ({"fps": [24]}, "fps is"),
     ],
 )
-def test_protocols_that_make_no_sense(fields, message):
+def test_protocols_that_make_no_sense(fields, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         _protocol(**fields)
     with pytest.raises(ValueError, match="choose one"):
         load_protocol("ucf-101")
     with pytest.raises(ValueError, match="has the field 'frames'"):
         load_protocol("ucf101", {"frames": 3})
+    for content, said in (
+        (b"kind: [video", "is no YAML"),
+        (b"kind: \x00", "is no YAML"),
+        (b"\xff", "is no text"),
+        (b"3", "holds int"),
+    ):
+        (tmp_path / "own.yaml").write_bytes(content)
+        with pytest.raises(ValueError, match=said):
+            load_protocol(str(tmp_path / "own.yaml"))
 
 
 # Samples ---------------------------------------------------------------------------------------------------------------

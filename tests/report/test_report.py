@@ -424,3 +424,11 @@ def test_page_in_a_browser(result_file, tmp_path):
     assert image.shape == (2600, 1280, 3)
     assert (image == figures.ACCENT).all(axis=-1).any()  # the outline of the crop, through PNG, base64 and browser
     assert len(np.unique(image.reshape(-1, 3), axis=0)) > 500
+
+
+@pytest.mark.parametrize("damage", [{"models": 3}, {"models": [{"label": {}}]}, {"samples": []}, {"protocol": {"kind": 1}}])
+def test_a_result_that_contradicts_itself_is_named(tmp_path, damage):
+    path = tmp_path / "result.json"
+    write_result(path, _result(entries=[_entry("tiny", 30.0)]) | damage)
+    with pytest.raises(ValueError, match=r"result\.json: not what `vcvae evaluate` writes"):
+        write_report([path], tmp_path / "out")

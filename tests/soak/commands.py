@@ -113,7 +113,7 @@ def prepare(folder: Path) -> dict[str, Case]:
     }
 
 
-_TRAINING = """
+TRAINING = """
 tracker: none
 mixed_precision: "no"
 num_threads: 1
@@ -121,7 +121,7 @@ steps: 6
 checkpoint_every: 1
 log_every: 1
 """
-_VCVAE = """
+VCVAE = """
 holdout: [a.mkv]
 buckets: [size=32 frames=4 fps=0 batch=1]
 lpips_weight: 0
@@ -130,7 +130,7 @@ validation_size: 32
 validation_frames: 4
 cpu: true
 """
-_LATTE = """
+LATTE = """
 size: S/2
 transformer_config: {num_layers: 2, num_attention_heads: 2, attention_head_dim: 8}
 resolution: 32
@@ -146,9 +146,9 @@ def prepare_long(folder: Path) -> dict[str, Case]:
     """Commands of many steps on what `prepare` made."""
     model, videos = str(folder / "model"), str(folder / "videos")
     trainers = {}
-    for name, options, vae, result in (("vcvae", _VCVAE, "--model", "vae"), ("latte", _LATTE, "--vae", "pipeline")):
+    for name, options, vae, result in (("vcvae", VCVAE, "--model", "vae"), ("latte", LATTE, "--vae", "pipeline")):
         config = folder / f"{name}.yaml"
-        config.write_text(_TRAINING + options)
+        config.write_text(TRAINING + options)
         words = ["train", name, "--config", str(config), "--data", videos, vae, model, "--output"]
         trainers[f"train {name}"] = Case(words, "out", [], result, resumes=True)
     protocol = ["--protocol", "folder", "--size", "32", "--num-frames", "8", "--metrics", "psnr,ssim", "--device", "cpu"]

@@ -63,7 +63,7 @@ class Sample:
         if self.member is None:
             return {suffix: Path(path).read_bytes() for suffix, path in self.beside.items()}
         with tarfile.open(self.source) as archive:
-            return {suffix: _inside(archive, name).read() for suffix, name in self.beside.items()}
+            return {suffix: _content(archive, name) for suffix, name in self.beside.items()}
 
 
 def samples_of_files(files: Sequence[str | Path], root: Path) -> list[Sample]:
@@ -123,6 +123,14 @@ def _inside(archive: tarfile.TarFile, member: str | tarfile.TarInfo) -> IO[bytes
     if opened is None:
         raise ValueError(f"IN: {archive.name!r}: {member} is no file; pack the archive again.")
     return opened
+
+
+def _content(archive: tarfile.TarFile, member: str) -> bytes:
+    """All of it, taken piece by piece: a header may promise more than memory holds."""
+    content = io.BytesIO()
+    with _inside(archive, member) as inside:
+        shutil.copyfileobj(inside, content)
+    return content.getvalue()
 
 
 def shards_of(samples: Sequence[Sample], per_shard: int) -> list[Shard]:
@@ -244,8 +252,9 @@ def unpacked(shard: Path) -> Iterator[Path]:
             with tarfile.open(shard) as archive:
                 for member in archive:
                     if member.isfile() and member.name.endswith(".safetensors"):
-                        with _inside(archive, member) as inside:
-                            (folder / member.name.replace("/", "__")).write_bytes(inside.read())
+                        target = folder / member.name.replace("/", "__")
+                        with _inside(archive, member) as inside, open(target, "wb") as file:
+                            shutil.copyfileobj(inside, file)
         except tarfile.TarError as error:
             raise ValueError(f"IN: {shard} is no readable tar file ({error}); encode it again.") from error
         if not any(folder.iterdir()):

@@ -20,6 +20,7 @@ STEP_METRICS = ("flicker", "temporal_difference_psnr")
 METRICS = (*FRAME_METRICS, *STEP_METRICS, "fvd")
 KINDS = ("video", "image", "tokbench", "generation")
 KINDS_WITH_FRAMES = ("video", "image")  # frames of the first samples can be kept
+_KINDS = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,), "None": (type(None),)}  # by annotation
 RESIZE_KERNEL = "bilinear, antialias, float32 RGB (torch.nn.functional.interpolate)"
 TOKBENCH_RESIZE_KERNEL = "bilinear (PIL), uint8, both ways; long side padded with black to a multiple of 32"
 
@@ -77,8 +78,7 @@ class Protocol:
     face_bins: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("tables", "metrics", "text_bins", "face_bins"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        self._check_types()
         _check_choice("kind", self.kind, KINDS)
         _check_choice("posterior", self.posterior, ("mode", "sample"))
         for metric in self.metrics:
@@ -94,6 +94,19 @@ class Protocol:
                 "each other; keep one of them"
             )
         self._check_kind()
+
+    def _check_types(self) -> None:
+        for field in dataclasses.fields(self):
+            value, annotation = getattr(self, field.name), str(field.type)
+            if annotation.startswith("tuple") and isinstance(value, (list, tuple)):
+                object.__setattr__(self, field.name, tuple(value))
+                items, kinds = tuple(value), _KINDS[annotation.removeprefix("tuple[").removesuffix(", ...]")]
+            else:
+                items, kinds = (value,), sum((_KINDS.get(kind, ()) for kind in annotation.split(" | ")), ())
+            if not all(isinstance(item, kinds) and (bool in kinds or not isinstance(item, bool)) for item in items):
+                raise ValueError(
+                    f"{field.name} is {value!r} in protocol {self.name!r}, but must be {annotation}; correct it"
+                )
 
     def _check_kind(self) -> None:
         if self.kind == "tokbench":
@@ -154,14 +167,17 @@ def load_protocol(name: str, overrides: Mapping[str, Any] | None = None) -> Prot
     except ImportError as error:
         raise ImportError(f"protocols need PyYAML: {install_hint('eval')}") from error
     if name.endswith((".yaml", ".yml")):
-        text = Path(name).read_text(encoding="utf-8")
+        text = _read_text(Path(name))
     elif name in protocol_names():
         text = (resources.files(__package__) / "protocols" / f"{name}.yaml").read_text(encoding="utf-8")
     else:
         raise ValueError(
             f"protocol is {name!r}, but it must be a .yaml file or one of {', '.join(protocol_names())}; choose one"
         )
-    fields = yaml.safe_load(text)
+    try:
+        fields = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"protocol {name!r} is no YAML ({' '.join(str(error).split())}); correct it") from error
     if not isinstance(fields, dict):
         raise ValueError(f"protocol {name!r} holds {type(fields).__name__}, but it must be a mapping of fields")
     known = {field.name for field in dataclasses.fields(Protocol)}
@@ -174,6 +190,13 @@ def load_protocol(name: str, overrides: Mapping[str, Any] | None = None) -> Prot
         return preset
     changed = dataclasses.replace(preset, **overrides)
     return preset if changed == preset else dataclasses.replace(changed, name=f"{preset.name} (changed)")
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"protocol {str(path)!r} is no text ({error}); pass a .yaml file") from error
 
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

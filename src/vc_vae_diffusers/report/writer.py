@@ -60,9 +60,12 @@ def write_report(
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    sections = []
-    for name, group in _grouped(results).items():
-        sections.append(_section(name, group, out, paper, crop, strip_frames))
+    try:
+        groups = _grouped(results)
+        sections = [_section(name, group, out, paper, crop, strip_frames) for name, group in groups.items()]
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        files = ", ".join(map(str, results))
+        raise ValueError(f"{files}: not what `vcvae evaluate` writes ({error!r}); evaluate again") from error
     today = datetime.now(timezone.utc).date().isoformat()
     lead = [*notes, f"Written {today}" + (f" by: {command}" if command else "")]
     write_whole(out / "index.html", render_page(title, lead, sections))

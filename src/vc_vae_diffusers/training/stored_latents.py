@@ -7,6 +7,7 @@ stored is the posterior's mode (or a sample), so there is no noise to draw: the 
 from __future__ import annotations
 
 import json
+import os
 import struct
 import tarfile
 from collections.abc import Mapping, Sequence
@@ -127,6 +128,8 @@ def _samples(shard: str, made_by: Mapping[str, str]) -> list[Stored]:
             for member in archive:
                 if not member.name.endswith(".safetensors"):
                     continue
+                if member.offset_data + member.size > os.fstat(file.fileno()).st_size:
+                    raise EOFError(f"{member.name} ends behind the file")
                 file.seek(member.offset_data)
                 (length,) = struct.unpack("<Q", file.read(8))
                 header: dict[str, Any] = json.loads(file.read(min(length, 1 << 20)))
@@ -136,7 +139,7 @@ def _samples(shard: str, made_by: Mapping[str, str]) -> list[Stored]:
                 )
                 key = member.name.removesuffix(".safetensors")
                 samples.append(Stored(shard, key, member.offset_data, member.size, shape))
-    except (tarfile.TarError, OSError, KeyError, struct.error, json.JSONDecodeError) as error:
+    except (tarfile.TarError, OSError, EOFError, struct.error, LookupError, TypeError, AttributeError, ValueError) as error:
         raise DataError(f"{shard} is no readable shard of latents ({error!r}): encode it again") from error
     return samples
 
