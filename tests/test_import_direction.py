@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "vc_vae_diffusers"
 
 # Single modules that know none of the others; every room but the operators may use them.
-SHARED = {"files", "extras", "processes", "hardware", "frame_size"}
+SHARED = {"files", "extras", "processes", "hardware", "frame_size", "names"}
 
 # What each room may import besides them and itself. Single modules named here are rooms of their own.
 ROOMS = {

@@ -19,7 +19,6 @@ from vc_vae_diffusers.training import (
     latte_options,
     log,
     machine,
-    memory,
     program,
     vcvae,
     vcvae_options,
@@ -135,7 +134,8 @@ def test_a_run_says_what_it_is_and_where_the_model_lies(arguments, tmp_path, cap
     assert f"AutoencoderKLVCVAE, {model.num_parameters():,} parameters, {model.num_parameters():,} of them trained" in said
     assert "4 files to train on, 1 held-out ones to validate on" in said
     assert "2 on 1 process, cpu, float32" in said
-    assert "bucket 1  32x32x8@24: 33.3% of the steps, 4 clips, 2 at once in about" in said
+    assert "bucket 1  32x32x8@24: 33.3% of the steps, 4 clips" in said
+    assert "memory    bucket 32x32x8@24: 2 at once in about" in said
     assert "likely to be killed" not in said
     assert f"the model is in {tmp_path / 'out' / 'vae'}" in caplog.messages[-1]
     shown = done.stderr.replace("\r", "\n")
@@ -150,50 +150,6 @@ def test_no_bar_without_a_terminal_or_when_unwanted(arguments, tmp_path, monkeyp
     monkeypatch.setattr(log, "is_terminal", lambda: terminal)
     program.main("vcvae", arguments(tmp_path / "out", *STAGE_1, "--steps", "1", *more))
     assert "frames/s" not in capsys.readouterr().err
-
-
-def test_a_batch_that_does_not_fit_is_said_before_the_first_step(arguments, trainer, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(memory, "held_bytes", lambda device: 10**8)  # what a process holds changes from call to call
-    built = trainer(arguments(tmp_path, *STAGE_1, "--buckets", "size=32 frames=8 fps=24 batch=4"))
-    needs, pixels = built.measure_memory(), built.pixels(built.buckets[0])
-    monkeypatch.setattr(memory, "available_memory", lambda device: needs.need(3 * pixels) + 10**6)
-    built.summary()
-    (warning,) = [message for message in caplog.messages if "likely to be killed" in message]
-    assert warning.startswith("bucket 32x32x8@24: 4 clips at once need about ")
-    assert "Give the bucket micro=2: gradients are accumulated" in warning  # 3 fit, but do not divide 4
-    caplog.clear()
-    monkeypatch.setattr(memory, "available_memory", lambda device: 1)
-    built.summary()
-    assert "Use --gradient_checkpointing true, shorter or smaller clips" in caplog.text
-
-
-def test_the_estimate_leaves_no_trace_and_grows_with_the_pixels(arguments, trainer, tmp_path):
-    argv = arguments(tmp_path, *STAGE_2)
-    built = trainer(argv)
-    state = torch.get_rng_state()
-    needs = built.measure_memory()
-    assert torch.equal(torch.get_rng_state(), state)
-    assert all(p.grad is None for learner in (built.main, built.discriminator) for p in learner.model.parameters())
-    known = list(built.model.state_dict().values())
-
-    def measured(clips: int, side: int) -> int:
-        video = torch.zeros(clips, 3, 8, side, side, requires_grad=True)
-        loss = lambda: built.trial_loss([built.model, built.discriminator.model], video)  # noqa: E731
-        return memory.activation_bytes(loss, video, known)
-
-    one = measured(1, 32)
-    assert measured(2, 32) == pytest.approx(2 * one, rel=0.1)
-    assert measured(1, 64) == pytest.approx(4 * one, rel=0.15)
-    pixels = 8 * 32 * 32
-    assert needs.need(2 * pixels) - needs.need(0) == pytest.approx(memory._OVERHEAD * 2 * one, rel=0.3)
-
-
-def test_checkpointing_lowers_the_estimate(arguments, trainer, tmp_path):
-    needs = []
-    for more in ([], ["--gradient_checkpointing", "true"]):
-        built = trainer(arguments(tmp_path, *STAGE_1, *more))
-        needs.append(built.measure_memory().per_pixel)
-    assert needs[1] < 0.8 * needs[0]
 
 
 def test_log_levels_and_folders_are_set_for_the_main_process(tmp_path, monkeypatch):

@@ -86,7 +86,7 @@ def test_the_command_line_wins_over_yaml_and_mistakes_are_named(tmp_path):
     assert config.data.holdout == ["x.mp4"]
     assert json.loads(config.model.model_options) == {"temporal_operator": "conv"}
     path.write_text("learning_rat: 1\n")
-    with pytest.raises(ValueError, match=r"unknown options \['learning_rat'\]"):
+    with pytest.raises(ValueError, match=r"c\.yaml: learning_rat is no option; did you mean learning_rate\?"):
         parse(["--config", str(path), "--data", "d", "--output", "o"])
     with pytest.raises(ValueError, match="--output is required"):
         parse(["--data", "d"])
@@ -95,9 +95,19 @@ def test_the_command_line_wins_over_yaml_and_mistakes_are_named(tmp_path):
     path.write_text("mixed_precision: no\nmodel: m\n")  # false, to YAML
     assert parse(["--config", str(path), "--data", "d", "--output", "o"]).run.mixed_precision == "no"
     for text, said in (
-        ("mixed_precision: fp16", "mixed_precision: 'fp16' is none of auto, no, bf16"),
-        ("steps: 1.5", "steps: 1.5 must be a whole number"),
-        ("steps: many", "argument --steps: invalid int value: 'many'"),
+        ("mixed_precision: fp16", "c.yaml: mixed_precision: 'fp16' must be one of auto, no, bf16"),
+        ("lr_scheduler: cosin", "c.yaml: lr_scheduler: 'cosin' must be one of constant,"),
+        ("steps: 1.5", "c.yaml: steps: 1.5 must be a whole number"),
+        ("steps: many", "c.yaml: steps: 'many' must be a whole number"),
+        ("steps:", "c.yaml: steps: None must be a whole number"),
+        ("steps: [1]", "c.yaml: steps: [1] must be a whole number"),
+        ("adam_beta1: abc", "c.yaml: adam_beta1: 'abc' must be a number"),
+        ("flip: maybe", "c.yaml: flip: 'maybe' must be true or false"),
+        ("output: [a]", "c.yaml: output: ['a'] must be one value"),
+        ("- steps", "c.yaml holds a list; write one option a line"),
+        ("steps: [1", "c.yaml is no YAML: while parsing a flow sequence"),
+        ("model_options: '{a}'", "--model_options is '{a}', but must be a JSON object"),
+        ("buckets: size=32", "--buckets: 'size=32' has missing keys ['batch', 'fps', 'frames']; write each in quotes"),
     ):
         path.write_text(text + "\n")
         with pytest.raises(ValueError, match=re.escape(said)):

@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from vc_vae_diffusers import __version__
 
+from ..names import told
 from .browser_app import browser_app
 from .decode import decode
 from .demo import demo
@@ -93,7 +94,7 @@ def _report_exception(error: Exception, as_json: bool) -> int:
     if kind == "OutOfMemoryError":
         return _report(kind, f"{str(error).splitlines()[0]}; {_OUT_OF_MEMORY}", 1, as_json)
     if isinstance(error, (ValueError, OSError, ImportError)) or kind in ("VideoWriteError", "DataError"):
-        return _report(kind, str(error), 1, as_json)
+        return _report(kind, told(error), 1, as_json)
     traceback.print_exception(error)
     return _report(kind, f"{error} (a bug: please report it with the traceback)", 70, as_json)
 

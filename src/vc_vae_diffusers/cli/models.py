@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vc_vae_diffusers import bundled_model_path
 
+from ..names import check_model_name
 from .options import check_place, choose_device, choose_dtype, parse_tile
 
 if TYPE_CHECKING:
     from ..autoencoder.autoencoder_kl_vcvae import AutoencoderKLVCVAE
 
 CLASS_NAME = "AutoencoderKLVCVAE"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def check_model(model: str | None, subfolder: str | None) -> str:
@@ -34,10 +33,9 @@ def check_model(model: str | None, subfolder: str | None) -> str:
             raise ValueError(f"--subfolder: {subfolder} belongs to a --model; pass both, or neither for the bundled model.")
         return str(bundled_model_path())
     folder = Path(model)
+    check_model_name("--model", model)
     if not folder.exists():
-        if _HUB_ID.fullmatch(model):
-            return model
-        raise ValueError(f"--model: {model} is neither a folder here nor a hub id (owner/name); check the path.")
+        return model
     if folder.is_file():
         raise ValueError(
             f"--model: {model} is a file; pass the folder that save_pretrained wrote. Image VAE weights become one by "

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..autoencoder.autoencoder_kl_vcvae import AutoencoderKLVCVAE
 from ..autoencoder.frame_groups import repeat_frames
+from ..names import check_model_name
 
 # Modules of the parts that can be trained apart; a VAE has the quant convolutions or not.
 PARTS = {"encoder": ("encoder", "quant_conv"), "decoder": ("decoder", "post_quant_conv")}
@@ -25,13 +26,26 @@ def load_vae(path: str, subfolder: str | None = None) -> ModelMixin:
     """Load a VC-VAE or any diffusers VAE, in float32; its class is the one that its ``config.json`` names.
 
     Raises:
-        ValueError: if neither this package nor diffusers has that class.
+        ValueError: if there is no such folder, or neither this package nor diffusers has its class.
     """
+    check_model_name("--model", path)
     name = str(AutoencoderKLVCVAE.load_config(path, subfolder=subfolder)["_class_name"])
     vae_class = AutoencoderKLVCVAE if name == AutoencoderKLVCVAE.__name__ else getattr(diffusers, name, None)
     if vae_class is None:
         raise ValueError(f"model={path!r}: its config.json names the class {name!r}, which diffusers does not have")
     return vae_class.from_pretrained(path, subfolder=subfolder, torch_dtype=torch.float32)
+
+
+def check_size(vae: ModelMixin, where: str, *sides: int) -> None:
+    """Refuse sides of clips in pixels that the spatial compression, where the VAE tells it, does not divide.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    ratio = getattr(vae, "spatial_compression_ratio", 1)
+    for side in sides:
+        if side % ratio:
+            raise ValueError(f"{where}: {side} is no multiple of {ratio}, the spatial compression of {type(vae).__name__}")
 
 
 def select_parts(vae: ModelMixin, parts: Sequence[str]) -> None:

@@ -103,9 +103,10 @@ def parse_buckets(lines: Sequence[str]) -> list[Bucket]:
             fields.setdefault("fps", "0")  # a picture has no rate
         missing = {"size", "frames", "fps", "batch"} - set(fields)
         if unknown or missing:
+            wrong = [f"{what} keys {sorted(keys)}" for what, keys in (("unknown", unknown), ("missing", missing)) if keys]
             raise ValueError(
-                f"bucket {line!r}: unknown keys {sorted(unknown)}, missing keys {sorted(missing)}; "
-                "write size=256 frames=16 fps=24 batch=8, and weight= and micro= if wanted"
+                f"--buckets: {line!r} has {', '.join(wrong)}; "
+                "write each in quotes, 'size=256 frames=16 fps=24 batch=8', with weight= and micro= if wanted"
             )
         try:
             sizes = [tuple(int(side) for side in size.split("x")) for size in fields["size"].split(",")]
@@ -119,9 +120,11 @@ def parse_buckets(lines: Sequence[str]) -> list[Bucket]:
             micro = int(fields.get("micro", batch))
             weight = float(fields.get("weight", 1))
         except ValueError as error:
-            raise ValueError(f"bucket {line!r}: {error}; numbers and commas only, as in size=128,256 frames=8") from error
+            raise ValueError(
+                f"--buckets: {line!r}: {error}; numbers and commas only, as in size=128,256 frames=8"
+            ) from error
         if min(batch, micro, *(min(shape[:3]) for shape in shapes)) < 1 or not weight > 0 or min(s[3] for s in shapes) < 0:
-            raise ValueError(f"bucket {line!r}: sizes, frames, batch, micro and weight must be positive, fps >= 0")
+            raise ValueError(f"--buckets: {line!r}: sizes, frames, batch, micro and weight must be positive, fps >= 0")
         buckets += [Bucket(*shape, weight / len(shapes), batch, min(micro, batch)) for shape in shapes]
     if not buckets:
         raise ValueError("buckets is empty; give at least one, as in size=256 frames=16 fps=24 batch=8")

@@ -34,6 +34,7 @@ from ..video import (
     VideoReadError,
     find_media,
     from_uint8,
+    is_media_name,
     list_lines,
     probe,
     read_clip,
@@ -106,7 +107,7 @@ def expand_patterns(patterns: Sequence[str], base: str | Path = ".") -> list[str
 
 
 def find_files(data: str | Path, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[str]:
-    """List videos and images of a folder (searched recursively) or of a list file (:func:`read_list`), sorted.
+    """List one video, or videos and images of a folder (searched recursively) or of a list file (:func:`read_list`), sorted.
 
     Entries of a list file are relative to its folder. ``include`` and ``exclude`` are shell patterns on the path below
     that folder; without ``include`` everything counts. A pattern without wildcards that names no file is an error, so
@@ -120,9 +121,9 @@ def find_files(data: str | Path, include: Sequence[str] = (), exclude: Sequence[
         root, names = data, find_media(data)
     elif data.is_file():
         root = data.parent
-        names = sorted(set(read_list(data)))
+        names = [data.name] if is_media_name(data.name) else sorted(set(read_list(data)))
     else:
-        raise DataError(f"data={str(data)!r} is neither a folder nor a list file")
+        raise DataError(f"data={str(data)!r} is neither a folder, a video nor a list file; check the path")
     known = set(names)
     for pattern in [*include, *exclude]:
         if not _is_wildcard(pattern) and pattern not in known:

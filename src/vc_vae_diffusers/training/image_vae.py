@@ -13,10 +13,10 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from ..video import VideoReader, from_uint8
-from . import losses
+from . import losses, memory
 from .checkpoints import ema_weights
 from .data import read_list
-from .image_vae_options import Config, ModelConfig
+from .image_vae_options import Config, DataConfig, ModelConfig
 from .machine import prepare
 from .trainer import Terms, Trainer
 from .validation import psnr
@@ -48,8 +48,13 @@ def batch_of_step(frames: list[torch.Tensor], config: Config, step: int, rank: i
     rng = torch.Generator().manual_seed(config.run.seed * 1_000_003 + step * count + rank)
     data = config.data
     size = data.sizes[step % len(data.sizes)]
-    pictures = max(1, round(data.batch_size * (data.sizes[0] / size) ** 2))
-    return torch.stack([random_crop(frames, size, data.max_zoom_out, rng) for _ in range(pictures)])
+    crops = range(pictures(data, size))
+    return torch.stack([random_crop(frames, size, data.max_zoom_out, rng) for _ in crops])
+
+
+def pictures(data: DataConfig, size: int) -> int:
+    """How many crops of a size are as many pixels as `batch_size` of the first size, at least one."""
+    return max(1, round(data.batch_size * (data.sizes[0] / size) ** 2))
 
 
 class ImageVAE(nn.Module):
@@ -109,12 +114,16 @@ class ImageVAETrainer(Trainer):
         """The loss of one batch."""
         images = batch["images"].to(self.accelerator.device, memory_format=torch.channels_last)
         with self.accumulating(self.model):
-            reconstruction, mean, logvar = self.model(images)
-            terms = {"l1": losses.l1_loss(reconstruction, images), "kl": losses.kl_loss(mean, logvar)}
-            terms["loss"] = terms["l1"] + self.config.optim.kl_weight * terms["kl"]
+            terms = self.terms(self.model, images)
             self.require_finite(terms["loss"], batch)
             self.accelerator.backward(terms["loss"] * share)
         return terms
+
+    def terms(self, model: nn.Module, images: torch.Tensor) -> Terms:
+        """L1 and KL of pictures (B, 3, H, W)."""
+        reconstruction, mean, logvar = model(images)
+        terms = {"l1": losses.l1_loss(reconstruction, images), "kl": losses.kl_loss(mean, logvar)}
+        return terms | {"loss": terms["l1"] + self.config.optim.kl_weight * terms["kl"]}
 
     def frames(self, batches: list[dict]) -> int:
         """Pictures."""
@@ -139,6 +148,28 @@ class ImageVAETrainer(Trainer):
             "model": f"AutoencoderKL, {count:,} parameters",
             "data": f"{len(self.pictures):,} frames to train on, {len(self.held_out)} held-out ones to validate on",
         }
+
+    def loads(self) -> list[memory.Load]:
+        """Crops by size."""
+        data = self.config.data
+
+        def load(size: int) -> memory.Load:
+            return memory.Load(
+                f"crops {size}x{size}",
+                pictures(data, size),
+                size**2,
+                lambda count: f"Use --batch_size {max(1, int(count * (size / data.sizes[0]) ** 2))}",
+                "Use smaller --sizes, or fewer --channels",
+            )
+
+        return [load(size) for size in sorted(set(data.sizes))]
+
+    def trial(self) -> memory.Trial:
+        """One crop of the smallest size."""
+        model, size = self.accelerator.unwrap_model(self.model), min(self.config.data.sizes)
+        image = torch.zeros(1, 3, size, size, device=self.accelerator.device)
+        image = image.to(memory_format=torch.channels_last).requires_grad_()
+        return memory.Trial(lambda: self.terms(model, image)["loss"], image, size**2, [model])
 
 
 def train(config: Config) -> None:

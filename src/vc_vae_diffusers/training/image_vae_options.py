@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from . import options
-from .options import Tracker, option
+from .options import Schedule, Tracker, option
 
 
 @dataclass
@@ -45,7 +45,7 @@ class OptimConfig(options.OptimConfig):
 
     steps: int = option(12_000, "optimizer steps")
     learning_rate: float = option(1e-3, "of the model")
-    lr_scheduler: str = option("cosine", "a name of diffusers' get_scheduler: constant, cosine, linear, …")
+    lr_scheduler: Schedule = option("cosine", "of the learning rate, diffusers' get_scheduler")
     warmup_steps: int = option(200, "steps over which the learning rate rises")
     adam_beta2: float = option(0.99, "AdamW's decay of the gradients' squares' mean")
     kl_weight: float = option(1e-4, "of the KL divergence from N(0, 1)")

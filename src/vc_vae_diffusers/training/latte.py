@@ -16,10 +16,12 @@ from ..autoencoder.autoencoder_kl_vcvae import AutoencoderKLVCVAE
 from ..generation.diffusion_losses import DiffusionLoss, diffusion_schedule, learned_range_loss, min_snr_weight
 from ..generation.latte_transformer import LatteAdaLNTransformer3DModel, latte_size_config
 from ..generation.pipeline_latte import LatteVCVAEUnconditionalPipeline, normalize_latents
+from ..names import check_model_name
 from ..video import VideoWriter
 from ..video.suffixes import is_shards
 from . import data as clips
-from . import latent_cache, shards
+from . import latent_cache, memory, shards
+from .any_vae import check_size
 from .checkpoints import ema_weights
 from .clip_plan import Bucket, ClipBatchSampler, ClipPlan
 from .latte_options import Config
@@ -75,7 +77,9 @@ class LatteTrainer(Trainer):
             shards.list_shards(str(data.data)) if stored else clips.find_files(data.data, data.include, data.exclude)
         )
         self.health = clips.ReadHealth(data.max_unreadable)
+        check_model_name("--vae", config.model.vae)
         vae = AutoencoderKLVCVAE.from_pretrained(config.model.vae, subfolder=config.model.vae_subfolder)
+        check_size(vae, "--resolution", data.resolution)
         self.vae = vae.eval().requires_grad_(False).to(accelerator.device)
         self.cache: latent_cache.LatentCache | StoredLatents | None = None
         if stored:
@@ -155,6 +159,7 @@ class LatteTrainer(Trainer):
             "class_dropout_prob": config.class_dropout_prob,
         }
         if config.init_from:
+            check_model_name("--init_from", config.init_from)
             model = LatteAdaLNTransformer3DModel.from_pretrained(config.init_from).train()
             for name in ("in_channels", "sample_size", "video_length", "num_classes"):
                 if model.config[name] != geometry[name]:
@@ -188,12 +193,17 @@ class LatteTrainer(Trainer):
         return terms._asdict()
 
     def loss(self, batch: dict) -> DiffusionLoss:
-        """Noise the batch's latents and compare what the model makes of them."""
-        posteriors = self.posteriors(batch)
-        latents, timesteps, noise = draw(posteriors, batch["noise_seeds"], self.config.optim.num_train_timesteps)
+        """The terms of a batch."""
+        return self.denoise(self.model, self.posteriors(batch), batch["noise_seeds"], self.labels(batch))
+
+    def denoise(
+        self, model: torch.nn.Module, posteriors: torch.Tensor, seeds: list[int], labels: torch.Tensor | None
+    ) -> DiffusionLoss:
+        """Noise samples of posteriors (B, 2C, t, h, w) and compare what a model makes of them."""
+        latents, timesteps, noise = draw(posteriors, seeds, self.config.optim.num_train_timesteps)
         latents = normalize_latents(self.vae, latents)
         noisy = self.noise_scheduler.add_noise(latents, noise, timesteps)
-        output = self.model(noisy, timesteps, class_labels=self.labels(batch), return_dict=False)[0]
+        output = model(noisy, timesteps, class_labels=labels, return_dict=False)[0]
         gamma = self.config.optim.min_snr_gamma
         weight = min_snr_weight(timesteps, self.schedule, gamma) if gamma > 0 else None
         return learned_range_loss(output, latents, noise, timesteps, self.schedule, weight)
@@ -264,6 +274,37 @@ class LatteTrainer(Trainer):
             "model": f"{type(model).__name__} {self.config.model.size}, {model.num_parameters():,} parameters",
             "data": f"{what}, {self.bucket}, {self.bucket.batch_size} clips a step",
         }
+
+    # -------------------------------------------------------------------------------------------------------- memory
+
+    def loads(self) -> list[memory.Load]:
+        """The one kind of batch."""
+        data, optim = self.config.data, self.config.optim
+        accumulated = optim.batch_size * optim.gradient_accumulation_steps
+        return [
+            memory.Load(
+                f"clips {self.bucket}",
+                optim.batch_size,
+                data.num_frames * data.resolution**2,
+                lambda count: f"Use --batch_size {count} --gradient_accumulation_steps {accumulated // count}",
+                "Use --gradient_checkpointing true, --latent_cache, shorter or smaller clips, or a smaller --size",
+            )
+        ]
+
+    def trial(self) -> memory.Trial:
+        """One clip: encoded, where nothing has been, and denoised."""
+        data, model = self.config.data, self.accelerator.unwrap_model(self.model)
+        video = torch.zeros(1, 3, data.num_frames, data.resolution, data.resolution)
+        shape = (1, 2 * model.config.in_channels, model.config.video_length, *2 * (model.config.sample_size,))
+        posteriors = torch.zeros(shape, device=self.accelerator.device, requires_grad=True)
+        labels = None if self.classes is None else torch.zeros(1, dtype=torch.long, device=self.accelerator.device)
+
+        def loss() -> torch.Tensor:
+            if self.cache is None:
+                self.posteriors({"video": video})
+            return self.denoise(model, posteriors, [0], labels).loss
+
+        return memory.Trial(loss, posteriors, video[0, 0].numel(), [model], [self.vae])
 
     # ------------------------------------------------------------------------------------------------------- samples
 

@@ -15,7 +15,7 @@ from typing import Literal
 
 from ..video.suffixes import is_shards
 from . import options
-from .options import option
+from .options import Schedule, option
 
 
 @dataclass
@@ -67,7 +67,7 @@ class OptimConfig(options.OptimConfig):
     batch_size: int = option(5, "clips of a process and micro-batch")
     gradient_accumulation_steps: int = option(1, "micro-batches of a step")
     learning_rate: float = option(1e-4, "of the model")
-    lr_scheduler: str = option("constant", "a name of diffusers' get_scheduler: constant, cosine, linear, …")
+    lr_scheduler: Schedule = option("constant", "of the learning rate, diffusers' get_scheduler")
     max_grad_norm: float = option(0.1, "gradients are scaled down to this norm")
     clip_after: int = option(20_000, "steps before that begins")
     ema_decay: float = option(0.9999, "of the weights' moving average, which is what is sampled from and saved")
@@ -101,6 +101,7 @@ class Config(options.Config):
         """Refuse what cannot be."""
         self.require("data", "vae")
         super().check()
+        self.require_json("transformer_config")
         self.at_least_one("batch_size", "gradient_accumulation_steps", "num_frames", "cache_clips", "cache_shard_clips")
         stored = is_shards(str(self.data.data))
         if stored and (self.data.latent_cache is not None or self.data.include or self.data.exclude):

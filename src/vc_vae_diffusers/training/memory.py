@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -57,6 +57,44 @@ def state_bytes(modules: Iterable[nn.Module]) -> int:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """A step on one small sample, to be tried before a run.
+
+    Args:
+        loss: what the step computes, of ``leaf``.
+        leaf: requires a gradient; the only tensor that gets one.
+        pixels: in all frames of the sample.
+        learning: modules whose weights will have gradients and AdamW's moments.
+        frozen: modules that are there besides.
+    """
+
+    loss: Callable[[], torch.Tensor]
+    leaf: torch.Tensor
+    pixels: int
+    learning: Sequence[nn.Module]
+    frozen: Sequence[nn.Module] = ()
+
+
+@dataclass(frozen=True)
+class Load:
+    """A kind of micro-batch of a run.
+
+    Args:
+        name: for people.
+        count: clips or pictures of a process at once.
+        pixels: of one of them, in all its frames.
+        fewer: the options that make a micro-batch of so many.
+        otherwise: what helps where not even one fits.
+    """
+
+    name: str
+    count: int
+    pixels: int
+    fewer: Callable[[int], str]
+    otherwise: str
+
+
+@dataclass(frozen=True)
 class StepMemory:
     """Bytes of a process in a training step.
 
@@ -72,21 +110,28 @@ class StepMemory:
         """Of a micro-batch with so many pixels in all its frames."""
         return int(self.held + _OVERHEAD * self.per_pixel * pixels)
 
-    def warn(self, bucket: str, clips: int, pixels: int, device: torch.device) -> None:
-        """Say if so many clips of so many pixels each will not fit, and what will."""
+    def tell(self, load: Load) -> str:
+        """What a micro-batch needs, in words."""
+        return f"{load.name}: {load.count} at once in about {gigabytes(self.need(load.count * load.pixels))}"
+
+    def warn(self, load: Load, device: torch.device) -> None:
+        """Say if a micro-batch will not fit, and what will."""
         # Processes on one machine's CPU share its memory; a GPU has one.
         sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
-        need, free = self.need(clips * pixels), available_memory(device) // sharing
-        if need <= free:
+        free = available_memory(device) // sharing
+        fits = [n for n in range(1, load.count + 1) if load.count % n == 0 and self.need(n * load.pixels) <= free]
+        if load.count in fits:
             return
-        fitting = max((n for n in range(1, clips) if clips % n == 0 and self.need(n * pixels) <= free), default=0)
-        logger.warning(
-            "bucket %s: %d clips at once need about %s, %s are there: the run is likely to be killed. %s",
-            *(bucket, clips, gigabytes(need), gigabytes(free)),
-            f"Give the bucket micro={fitting}: gradients are accumulated"
-            if fitting
-            else "Use --gradient_checkpointing true, shorter or smaller clips, or a smaller model",
-        )
+        remedy = load.fewer(max(fits)) if fits else load.otherwise
+        there = f"{gigabytes(free)} are there: the run is likely to be killed. {remedy}"
+        logger.warning("%s, but %s", self.tell(load), there)
+
+
+def measure(trial: Trial, device: torch.device) -> StepMemory:
+    """Try a step on one small sample, and tell what larger ones need."""
+    held = held_bytes(device) + state_bytes(trial.learning)
+    known = [tensor for part in (*trial.learning, *trial.frozen) for tensor in part.state_dict().values()]
+    return StepMemory(held, activation_bytes(trial.loss, trial.leaf, known) / trial.pixels)
 
 
 def gigabytes(count: int) -> str:

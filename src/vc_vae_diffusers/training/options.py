@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +21,8 @@ from transformers import HfArgumentParser
 from ..extras import install_hint
 
 Tracker = Literal["tensorboard", "trackio", "wandb", "none"]
+# Those of diffusers that need nothing but the numbers of steps.
+Schedule = Literal["constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "linear", "polynomial"]
 
 
 def option(default: Any, text: str) -> Any:
@@ -50,7 +52,7 @@ class OptimConfig:
 
     steps: int = option(500_000, "optimizer steps")
     learning_rate: float = option(1e-5, "of the model")
-    lr_scheduler: str = option("constant_with_warmup", "a name of diffusers' get_scheduler: constant, cosine, linear, …")
+    lr_scheduler: Schedule = option("constant_with_warmup", "of the learning rate, diffusers' get_scheduler")
     warmup_steps: int = option(0, "steps over which the learning rate rises")
     adam_beta1: float = option(0.9, "AdamW's decay of the gradients' mean")
     adam_beta2: float = option(0.999, "AdamW's decay of their squares' mean")
@@ -124,12 +126,24 @@ class Config:
         """Refuse what cannot be; programs add their own rules."""
         self.require("output")
         self.at_least_one("steps", "checkpoint_every", "keep_checkpoints", "log_every")
+        if self.run.num_threads < 0:
+            raise ValueError(f"--num_threads is {self.run.num_threads}, but must be at least 0, which leaves torch's choice")
 
     def require(self, *names: str) -> None:
         """Raises ValueError for the first of the options that is not given."""
         for name in names:
             if self.flat()[name] is None:
                 raise ValueError(f"--{name} is required; --help lists all options")
+
+    def require_json(self, name: str) -> None:
+        """Raises ValueError if the text of the option is no JSON object."""
+        text = self.flat()[name]
+        try:
+            if isinstance(json.loads(text), dict):
+                return
+        except ValueError:
+            pass
+        raise ValueError(f"--{name} is {text!r}, but must be a JSON object in quotes, as '{{\"key\": 1}}'")
 
     def at_least_one(self, *names: str) -> None:
         """Raises ValueError for the first of the options that is below 1."""
@@ -148,9 +162,7 @@ class _Parser(HfArgumentParser):
         """Raises ValueError for what is no option, with the one that was meant."""
         if left:
             known = [name for action in self._actions for name in action.option_strings]
-            near = difflib.get_close_matches(left[0].split("=")[0], known, n=1)
-            meant = f"; did you mean {near[0]}?" if near else "; --help lists all options"
-            raise ValueError(f"{left[0]} is no option{meant}")
+            raise ValueError(f"{left[0]} is no option{_meant(left[0].split('=')[0], known)}")
 
     def take_yaml(self, argv: Sequence[str]) -> Path:
         """Make the values of the file of ``--config`` the defaults, and return its folder."""
@@ -159,31 +171,62 @@ class _Parser(HfArgumentParser):
         file = first.parse_known_args(argv)[0].config
         if file is None:
             return Path()
-        values = load_yaml().safe_load(file.read_text(encoding="utf-8")) or {}
-        known = {action.dest: action for action in self._actions}
-        unknown = sorted(set(values) - set(known))
-        if unknown:
-            raise ValueError(f"{file}: unknown options {unknown}; --help lists all")
+        values = _read_yaml(file)
+        known = {action.dest: action for action in reversed(self._actions)}  # --flip, not --no_flip
         for name, value in values.items():
-            values[name] = _as_declared(value, known[name])
+            if name not in known:
+                raise ValueError(f"{file}: {name} is no option{_meant(str(name), known)}")
+            values[name] = _as_declared(value, known[name], f"{file}: {name}")
         self.set_defaults(**values)
         return file.parent
 
 
-def _as_declared(value: Any, action: argparse.Action) -> Any:
+def _meant(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]}?" if near else "; --help lists all options"
+
+
+def _read_yaml(file: Path) -> dict[Any, Any]:
+    yaml = load_yaml()
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} holds a {type(values).__name__}; write one option a line, as steps: 1000")
+    return values
+
+
+def _as_declared(value: Any, action: argparse.Action, where: str) -> Any:
     """A value of a YAML file as the command line would give it: to YAML 1e-5 is text and no is false; dictionaries are JSON.
 
     Raises:
-        ValueError: for what the option cannot be.
+        ValueError: for what the option cannot be, beginning with ``where``.
     """
-    if isinstance(action.default, float) and isinstance(value, int | str):
-        value = float(value)
-    elif isinstance(action.default, str) and isinstance(value, dict):
-        value = json.dumps(value)
-    elif action.choices and value is False:
+    if action.nargs in ("+", "*"):
+        return [_as_one(item, action, where) for item in (value if isinstance(value, list) else [value])]
+    if value is None and action.default is None:
+        return None
+    return _as_one(value, action, where)
+
+
+def _as_one(value: Any, action: argparse.Action, where: str) -> Any:
+    if action.choices and value is False:
         value = "no"
-    if action.choices and value not in action.choices:
-        raise ValueError(f"{action.dest}: {value!r} is none of {', '.join(map(str, action.choices))}")
-    if action.type is int and isinstance(value, float):
-        raise ValueError(f"{action.dest}: {value!r} must be a whole number")
-    return value
+    text = json.dumps(value) if isinstance(value, dict) else str(value)
+    kind = action.type if callable(action.type) else str
+    try:
+        if value is None or isinstance(value, list):
+            raise ValueError
+        converted = kind(text)
+        if action.choices and converted not in action.choices:
+            raise ValueError
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        names = {"int": "a whole number", "float": "a number", "string_to_bool": "true or false"}
+        wanted = (
+            "one of " + ", ".join(action.choices)
+            if action.choices
+            else names.get(getattr(kind, "__name__", ""), "one value")
+        )
+        raise ValueError(f"{where}: {value!r} must be {wanted}") from error
+    return converted

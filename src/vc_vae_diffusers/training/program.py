@@ -10,6 +10,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from ..names import told
+
 # What a user can put right. Every process has the first ones; the others, some by name, may happen to one alone.
 _OF_ALL = (ValueError, ImportError)
 _OF_ONE = {"DataError", "CheckpointError", "NonFiniteError", "VideoWriteError", "OutOfMemoryError"}
@@ -41,4 +43,4 @@ def run(name: str, argv: Sequence[str]) -> int:
 def _message(error: Exception) -> str:
     if type(error).__name__ == "OutOfMemoryError":
         return f"{str(error).splitlines()[0]} Make micro-batches smaller, or use --gradient_checkpointing true."
-    return str(error)
+    return told(error)

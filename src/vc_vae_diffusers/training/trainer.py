@@ -17,12 +17,14 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..files import write_whole
+from . import memory
 from .checkpoints import (
     CheckpointError,
     any_process,
@@ -60,7 +62,8 @@ class Trainer(ABC):
     """One run: what is trained, on what, and how far it got.
 
     A subclass makes its learners in ``__init__`` (:meth:`learner`, the averaged one by :meth:`main_learner`), and says what
-    a step reads (:meth:`batches`) and what it lowers (:meth:`backward`). What else must survive a stop, with a
+    a step reads (:meth:`batches`), what it lowers (:meth:`backward`) and how its memory is told (:meth:`trial`,
+    :meth:`loads`). What else must survive a stop, with a
     ``state_dict`` of plain numbers, goes into ``stateful``.
     """
 
@@ -88,6 +91,14 @@ class Trainer(ABC):
     @abstractmethod
     def frames(self, batches: list[dict]) -> int:
         """How many frames a step trains on, for the speed."""
+
+    @abstractmethod
+    def trial(self) -> memory.Trial:
+        """A step on one small sample, without launchers' wrappers, with everything that a step computes."""
+
+    @abstractmethod
+    def loads(self) -> list[memory.Load]:
+        """The kinds of micro-batches that the run has."""
 
     def active(self) -> list[Learner]:
         """The learners that take part in this step."""
@@ -225,11 +236,21 @@ class Trainer(ABC):
         self.record_options()
         for name, value in self.summary().items():
             logger.info("%-9s %s", name, value)
+        self.tell_memory()
         torch.manual_seed(self.config.run.seed + self.accelerator.process_index)
         checkpoint = checkpoint_to_resume(checkpoints_of(self.config.run), self.config.run.resume)
         if checkpoint:
             self.resume(load_checkpoint(self.accelerator, self.model, self.ema, checkpoint, self.stateful))
             logger.info("resumed from %s", checkpoint)
+
+    def tell_memory(self) -> None:
+        """Say what each kind of micro-batch needs, and which will not fit. Nothing where the launcher shards models."""
+        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            return
+        needs = memory.measure(self.trial(), self.accelerator.device)
+        for load in self.loads():
+            logger.info("%-9s %s", "memory", needs.tell(load))
+            needs.warn(load, self.accelerator.device)
 
     def record_options(self) -> None:
         """Write them to ``config.yaml``, and begin the tracker's run with them."""

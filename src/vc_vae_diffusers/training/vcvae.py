@@ -19,8 +19,8 @@ from ..autoencoder.autoencoder_kl_vcvae import AutoencoderKLVCVAE, lay_channels_
 from ..video.suffixes import is_shards
 from . import data as clips
 from . import losses, memory, shards
-from .any_vae import TrainableVAE, last_layer, load_vae, select_parts
-from .clip_plan import Bucket, ClipBatchSampler, ClipPlan, parse_buckets
+from .any_vae import TrainableVAE, check_size, last_layer, load_vae, select_parts
+from .clip_plan import ClipBatchSampler, ClipPlan, parse_buckets
 from .discriminator import PatchDiscriminator3D, pad_time_explicitly
 from .machine import prepare
 from .trainer import Learner, Terms, Trainer, in_steps
@@ -69,6 +69,10 @@ class VAETrainer(Trainer):
             self.lpips = losses.LPIPS(config.loss.lpips_net).to(accelerator.device)
         torch.manual_seed(config.run.seed)
         vae = build_vae(config.model)
+        for bucket in self.buckets:
+            check_size(vae, f"--buckets: {bucket}", bucket.height, bucket.width)
+        if self.held_out:
+            check_size(vae, "--validation_size", config.run.validation_size)
         self.gan = config.loss.gan_weight > 0
         lengths = [bucket.num_frames for bucket in self.buckets] + [config.run.validation_frames]
         wrapped = TrainableVAE(vae, lengths)
@@ -273,7 +277,7 @@ class VAETrainer(Trainer):
         return mean_quality(self, self.held_out)
 
     def summary(self) -> dict[str, str]:
-        """What is trained on what, and what its steps need."""
+        """What is trained on what."""
         vae = self.accelerator.unwrap_model(self.model).vae
         total, trained = self.parameters
         kind = "shards" if is_shards(self.config.data.data) else "files"
@@ -281,34 +285,36 @@ class VAETrainer(Trainer):
             "model": f"{type(vae).__name__}, {total:,} parameters, {trained:,} of them trained",
             "data": f"{len(self.sources):,} {kind} to train on, {len(self.held_out)} held-out ones to validate on",
         }
-        needs = self.measure_memory()
         weights = sum(bucket.weight for bucket in self.buckets)
         for number, bucket in enumerate(self.buckets, 1):
-            share = f"{bucket}: {bucket.weight / weights:.1%} of the steps, {bucket.batch_size} clips"
-            clips_at_once, pixels = bucket.clips_at_once(self.accelerator.num_processes), self.pixels(bucket)
-            if needs is not None:
-                share += f", {clips_at_once} at once in about {memory.gigabytes(needs.need(clips_at_once * pixels))}"
-                needs.warn(str(bucket), clips_at_once, pixels, self.accelerator.device)
-            lines[f"bucket {number}"] = share
+            lines[f"bucket {number}"] = f"{bucket}: {bucket.weight / weights:.1%} of the steps, {bucket.batch_size} clips"
         return super().summary() | lines
 
-    def pixels(self, bucket: Bucket) -> int:
-        """In all frames of a clip of a bucket, as the model sees it."""
-        return self.accelerator.unwrap_model(self.model).padded_frames[bucket.num_frames] * bucket.height * bucket.width
+    # -------------------------------------------------------------------------------------------------------- memory
 
-    def measure_memory(self) -> memory.StepMemory | None:
-        """Try a step on one small clip, and tell what larger ones need. None where the launcher shards models."""
-        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            return None
+    def loads(self) -> list[memory.Load]:
+        """The buckets."""
+        lengths = self.accelerator.unwrap_model(self.model).padded_frames
+        return [
+            memory.Load(
+                f"bucket {bucket}",
+                bucket.clips_at_once(self.accelerator.num_processes),
+                lengths[bucket.num_frames] * bucket.height * bucket.width,
+                lambda count: f"Give the bucket micro={count}: gradients are accumulated",
+                "Use --gradient_checkpointing true, shorter or smaller clips, or a smaller model",
+            )
+            for bucket in self.buckets
+        ]
+
+    def trial(self) -> memory.Trial:
+        """A short clip of at most 64x64."""
         parts = [self.accelerator.unwrap_model(learner.model) for learner in [self.main, *self.stage_two()]]
         frames = min(parts[0].padded_frames[bucket.num_frames] for bucket in self.buckets)
         smallest = min(self.buckets, key=lambda bucket: bucket.height * bucket.width)
         height, width = (min(side, 64) for side in (smallest.height, smallest.width))
         clip = self.to_device(torch.zeros(1, 3, frames, height, width)).requires_grad_()
-        known = [tensor for part in [*parts, *filter(None, [self.lpips])] for tensor in part.state_dict().values()]
-        held = memory.held_bytes(self.accelerator.device) + memory.state_bytes(parts)
-        measured = memory.activation_bytes(lambda: self.trial_loss(parts, clip), clip, known)
-        return memory.StepMemory(held, measured / clip[0, 0].numel())
+        frozen = [] if self.lpips is None else [self.lpips]
+        return memory.Trial(lambda: self.trial_loss(parts, clip), clip, clip[0, 0].numel(), parts, frozen)
 
     def trial_loss(self, parts: list[torch.nn.Module], clip: torch.Tensor) -> torch.Tensor:
         """The generator's loss of a clip, with everything that a step of the recipe computes."""

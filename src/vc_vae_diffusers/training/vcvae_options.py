@@ -101,6 +101,7 @@ class Config(options.Config):
         """Refuse what cannot be."""
         self.require("data")
         super().check()
+        self.require_json("model_options")
         self.at_least_one("validation_size", "validation_frames")
         given = [name for name in ("model", "from_image_vae", "model_config") if getattr(self.model, name)]
         if len(given) != 1:

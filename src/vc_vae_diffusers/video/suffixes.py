@@ -41,8 +41,14 @@ def list_lines(path: Path) -> list[tuple[int, str]]:
 
     `#` begins a comment at the start of a line, and behind a space unless the line ends like the name of a file:
     `cat #shorts.mp4` is one, `cat.mp4 # a cat` names `cat.mp4`.
+
+    Raises:
+        ValueError: for what is not text.
     """
-    lines = (line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines())
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no list of files: it is not text; give a text file with one name a line") from error
     named = (line if is_media_name(line.split("/")[-1]) else re.split(r"\s#", line)[0].rstrip() for line in lines)
     return [(number, line) for number, line in enumerate(named, start=1) if line and not line.startswith("#")]
 
