@@ -1,14 +1,14 @@
-# Every target makes its own .venv from setup.cfg; all that the machine needs is Python >= 3.10 and make.
+# Every target makes its own .venv from setup.cfg; all that the machine needs is Python >= 3.11 and make.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := src tests examples benchmarks integrations docs/hooks.py convert_flux_weights.py
 
-.PHONY: demo test test-isa style quality package soak docs benchmark clean
+.PHONY: demo test test-isa style quality package audit soak docs benchmark clean
 
 # The stamp is newer than setup.cfg when the environment is up to date.
 $(VENV)/.installed: setup.cfg pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.11 …")'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 …")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable ".[dev,demo]"
 	touch $@
@@ -37,6 +37,10 @@ quality: $(VENV)/.installed ## check format, lint and types
 
 package: $(VENV)/.installed ## build sdist and wheel, install the wheel without extras in a fresh environment and use it
 	OMP_NUM_THREADS=1 $(BIN)/python tests/try_package.py
+
+audit: $(VENV)/.installed ## known holes in the packages of the environment
+	$(BIN)/python -m pip install --quiet pip-audit
+	$(BIN)/python -m pip_audit --skip-editable
 
 # What takes minutes, of random cases with seeds; MINUTES bounds each program.
 MINUTES ?= 5

@@ -330,7 +330,7 @@ def environment(device: str, threads: int) -> dict[str, Any]:
         processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), processor)
     packages = {name: version(name) for name in ("torch", "diffusers", "accelerate", "vc_vae_diffusers")}
     result = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "packages": packages,
         "system": platform.platform(),

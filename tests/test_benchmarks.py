@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
+from video_files import encode, numbered_frames
 
 from vc_vae_diffusers import bundled_model_path
 from vc_vae_diffusers.autoencoder.autoencoder_kl_vcvae import AutoencoderKLVCVAE
@@ -22,10 +23,12 @@ from vc_vae_diffusers.operators.tdc import TemporalConv3d
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SCRIPTS = [
     "distributed_scaling",
+    "export_speed",
     "gpu_estimate",
     "image_speed",
     "latent_noise",
     "precision",
+    "shards_scaling",
     "train_step",
     "vae_memory",
     "vae_speed",
@@ -100,6 +103,16 @@ def test_image_speed(tmp_path, monkeypatch):
     assert list(runs) == ["encode", "decode"]
     for times in runs.values():
         assert all(times[name] > 0 for name in (*image_speed.MODELS, "ratio"))
+
+
+def test_shards_scaling(make_vae, tmp_path):
+    make_vae().save_pretrained(tmp_path / "model")
+    for number, frames in enumerate((4, 6)):
+        encode(tmp_path / "clips" / f"{number}.mp4", numbered_frames(frames, 32, 48), rate=12)
+    arguments = (tmp_path / "clips", "--model", tmp_path / "model", "--processes", 1, "--rounds", 1, "--resize", 16)
+    made = results("shards_scaling", tmp_path, *arguments, "--per-shard", 1)
+    assert (made["frames"], made["shards"]) == (10, 2)
+    assert len(made["seconds"]["1"]) == 1
 
 
 def test_vae_memory(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Exported programs compute what the model computes: whole streams, at other sizes than they were made with."""
 
+import importlib
 import json
 import logging
 import subprocess
@@ -20,6 +21,7 @@ from vc_vae_diffusers.exporting.programs import DESCRIPTION, export_model
 from vc_vae_diffusers.video import VideoReader, read_clip
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "stream_onnx.py"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 # Following a model symbolically takes seconds a program: one level, and in each test another start of a stream.
 SMALL = {"block_out_channels": (8, 8), "temporal_downsample": (True,)}
 
@@ -47,7 +49,7 @@ def quiet() -> Iterator[None]:
     logger.setLevel(level)
 
 
-def test_streams_of_torch_programs_equal_the_model(make_vae, tmp_path):
+def test_streams_of_torch_programs_equal_the_model(make_vae, tmp_path, monkeypatch):
     vae = make_vae(**SMALL, frame_convention="4k+1")
     vae.fuse_tdc()
     before = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
@@ -76,6 +78,14 @@ def test_streams_of_torch_programs_equal_the_model(make_vae, tmp_path):
                 assert made["start"]["frames"] == chunk.shape[2]
                 assert made["start"]["frames_back"] == frames.shape[2]
     assert len(pytree.tree_leaves(ours["decode"])) == len(caches["decode"]) > 3
+    vae.save_pretrained(tmp_path / "model")
+    times = tmp_path / "times.json"
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    arguments = [str(tmp_path / "out"), "--model", str(tmp_path / "model"), "--size", "8x12", "--rounds", "2"]
+    importlib.import_module("export_speed").main([*arguments, "--threads", "1", "--json", str(times)])
+    rows = json.loads(times.read_text())["rows"]
+    assert [row["operation"] for row in rows] == ["encode", "encode", "decode", "decode"]
+    assert all(row["off"] < 1e-4 and len(row["seconds"]) == 2 for row in rows)
     # Where there is PyTorch only:
     code = (
         "import sys, torch\n"

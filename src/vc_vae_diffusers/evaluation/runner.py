@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -276,7 +276,7 @@ def _entry(variant: Variant, identity: dict[str, Any], records: list[Record], ta
     for record in skipped:
         logger.warning("%s: skipped %s", variant.label, record["skipped"])
     entry = {"label": variant.label, **identity, "image_as_video": variant.as_video}
-    entry["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    entry["date"] = datetime.now(UTC).isoformat(timespec="seconds")
     entry["measured"], entry["skipped"] = len(measured), skipped
     entry.update(task.summarise(measured))
     entry["warnings"] = _warnings(task.protocol, len(measured), len(skipped)) + fvd_warnings(entry["metrics"])

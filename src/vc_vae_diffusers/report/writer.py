@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ def write_report(
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         files = ", ".join(map(str, results))
         raise ValueError(f"{files}: not what `vcvae evaluate` writes ({error!r}); evaluate again") from error
-    today = datetime.now(timezone.utc).date().isoformat()
+    today = datetime.now(UTC).date().isoformat()
     lead = [*notes, f"Written {today}" + (f" by: {command}" if command else "")]
     write_whole(out / "index.html", render_page(title, lead, sections))
     return out / "index.html"
