@@ -107,6 +107,7 @@ def test_image_speed(tmp_path, monkeypatch):
 
 def test_shards_scaling(make_vae, tmp_path):
     make_vae().save_pretrained(tmp_path / "model")
+    (tmp_path / "clips").mkdir()
     for number, frames in enumerate((4, 6)):
         encode(tmp_path / "clips" / f"{number}.mp4", numbered_frames(frames, 32, 48), rate=12)
     arguments = (tmp_path / "clips", "--model", tmp_path / "model", "--processes", 1, "--rounds", 1, "--resize", 16)

@@ -59,10 +59,11 @@ def run(words: list[str]) -> float:
 
 
 def contents(path: Path) -> dict[str, bytes]:
-    """What stands under a final name, file or folder; hidden files are temporary."""
+    """What stands under a final name, file or folder; hidden files and folders are temporary."""
     if path.is_file():
         return {path.name: path.read_bytes()}
-    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file() and p.name[0] != "."}
+    names = {str(p.relative_to(path)): p for p in path.rglob("*") if p.is_file()}
+    return {name: p.read_bytes() for name, p in names.items() if not any(part[0] == "." for part in Path(name).parts)}
 
 
 def leftovers(folder: Path) -> list[str]:
