@@ -79,6 +79,17 @@ def test_plan_says_what_to_pass(model):
     assert "--groups-per-chunk" in run("plan", "--height", 96, "--width", 128, "--model", model).stdout
 
 
+def test_visualize_takes_one_clip(model, videos, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for folder, said in (
+        (videos, "videos, but one clip is drawn at a time"),
+        (tmp_path / "empty", "is a folder without images;"),
+    ):
+        done = runner.invoke(app, ["visualize", str(folder), str(tmp_path / "x.png"), "--model", str(model)])
+        assert done.exit_code == 1
+        assert said in " ".join(done.stderr.split())
+
+
 def test_visualize_draws_the_layer_asked_for(model, videos, tmp_path):
     out = tmp_path / "components.png"
     result = json.loads(

@@ -92,7 +92,8 @@ def _expand(source: Path, files: frozenset[str]) -> list[Path]:
                 f"{source / ('*' + taken[0].suffix)}"
             )
         if not taken and not images:
-            raise ValueError(f"IN: {source} is a folder without {', '.join(sorted(files))} or images; check the path.")
+            kinds = " or ".join([*([", ".join(sorted(files))] if files else []), "images"])
+            raise ValueError(f"IN: {source} is a folder without {kinds}; check the path.")
         return taken or [source]
     if not source.exists() and glob.has_magic(os.fspath(source)):
         matches = sorted((Path(name) for name in glob.glob(os.fspath(source))), key=_natural)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..video.suffixes import VIDEO_SUFFIXES
 from .inputs import find_jobs, open_input
 from .models import check_model, load_model
 from .options import (
@@ -49,6 +50,8 @@ def visualize(
     """Draw what a TDC layer sees: the anchor's term and those of the differences (Fig. 5)."""
     check_place(device, "float32")
     check_model(model, subfolder)
+    if source.is_dir() and (videos := [path for path in source.iterdir() if path.suffix.lower() in VIDEO_SUFFIXES]):
+        raise ValueError(f"IN: {source} holds {len(videos)} videos, but one clip is drawn at a time; name one of them.")
     [job] = find_jobs([source], out, overwrite, lambda source: ".png", frozenset())
     check_suffix(job.out, image=True)
 
