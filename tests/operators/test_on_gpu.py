@@ -207,6 +207,21 @@ def test_what_a_norm_keeps_for_the_gradient(dtype):
     assert x.grad.dtype == dtype
 
 
+@pytest.mark.parametrize("last", [False, True])
+def test_the_gradient_of_frames_with_gaps(last):
+    """PyTorch 2.11 refuses them in the operator that is called here, and gradients of another layout in its backward."""
+    norm, whole = FrameNorm(4, 8).double(), torch.randn(2, 8, 5, 12, dtype=torch.float64)
+    whole = whole.contiguous(memory_format=torch.channels_last) if last else whole
+    results = []
+    for function in (lambda x: norm(x, silu=True), lambda x: F.silu(F.group_norm(x, 4, norm.weight, norm.bias, norm.eps))):
+        x = whole.clone(memory_format=torch.preserve_format).requires_grad_()
+        y = function(x[..., ::2])
+        y.backward(torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape))
+        results.append((y, x.grad))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_which_norms_are_one_operator():
     with FakeTensorMode(), torch.device("cuda"), torch.no_grad():
         x = torch.empty(2, 64, 5, 6, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)

@@ -42,6 +42,13 @@ class FrameNorm(nn.GroupNorm):
             return F.silu(y, inplace=not torch.is_grad_enabled()) if silu else y
 
 
+def _dense(x: torch.Tensor, like: torch.Tensor | None = None) -> torch.Tensor:
+    """x without gaps, in its own layout or another's: in PyTorch 2.11 `native_group_norm` takes no other."""
+    like = x if like is None else like
+    last = like.ndim == 4 and like.stride(1) == 1 and not like.is_contiguous()
+    return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
 class _NormSiLU(torch.autograd.Function):
     """Group norm and SiLU that keep their input for the gradient, and not what is between them."""
 
@@ -49,7 +56,7 @@ class _NormSiLU(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float
     ) -> torch.Tensor:
-        sizes = x.shape[0], x.shape[1], x[0, 0].numel()
+        x, sizes = _dense(x), (x.shape[0], x.shape[1], x[0, 0].numel())
         y, mean, rstd = torch.ops.aten.native_group_norm(x, weight, bias, *sizes, groups, eps)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         ctx.sizes, ctx.groups = sizes, groups
@@ -69,6 +76,6 @@ class _NormSiLU(torch.autograd.Function):
         gradient = torch.ops.aten.silu_backward(gradient, normed)
         needed = list(ctx.needs_input_grad[:3])
         gradients = torch.ops.aten.native_group_norm_backward(
-            gradient, x, mean, rstd, weight, *ctx.sizes, ctx.groups, needed
+            _dense(gradient, x), x, mean, rstd, weight, *ctx.sizes, ctx.groups, needed
         )
         return *gradients, None, None
