@@ -14,8 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 # `.NAME.HOST-PID-RANDOM.partSUFFIX`: who writes it, so that the leftovers of a killed process can be told.
 _PARTIAL = re.compile(r"\..*\.(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}\.part(\.[^.]*)?")
 
@@ -57,9 +55,10 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
     """Errors of a disk that is full name what could not be written to it."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        found = _OS_ERROR.search(str(error))
-        number = int(found[1]) if found and isinstance(error, SafetensorError) else getattr(error, "errno", None)
+    except Exception as error:
+        # By its name: importing safetensors would make every `--help` wait for NumPy.
+        found = _OS_ERROR.search(str(error)) if type(error).__name__ == "SafetensorError" else None
+        number = int(found[1]) if found else getattr(error, "errno", None)
         if number not in _NO_ROOM or getattr(error, "filename", None):
             raise
         raise OSError(number, f"{os.strerror(number)}, free some or write elsewhere", os.fspath(path)) from error
