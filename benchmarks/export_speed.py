@@ -98,7 +98,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             rows.append(
                 {"operation": operation, "by": name, "bytes": size, "off": off, "ratio": ratio, "seconds": seconds[name]}
             )
-    return {"options": plain(options), "environment": environment(options.device, options.threads), "rows": rows}
+    settings = plain(options) | {"programs": list(map(str, options.programs))}
+    return {"options": settings, "environment": environment(options.device, options.threads), "rows": rows}
 
 
 def _inputs(vae: AutoencoderKLVCVAE, operation: str, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -72,7 +72,7 @@ def test_a_batch_that_does_not_fit_is_said_before_the_first_step(
     caplog.clear()
     monkeypatch.setattr(memory, "available_memory", lambda device: needs.need(3 * load.pixels))
     run.tell_memory()
-    (warning,) = caplog.messages
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert warning.startswith(f"{name}: 4 at once in about 0.1 GB, but 0.1 GB are there: the run is likely to be killed. ")
     assert fewer in warning  # 3 fit, but do not divide 4
     caplog.clear()
