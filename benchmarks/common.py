@@ -319,7 +319,13 @@ def parse_size(text: str) -> tuple[int, int]:
 
 def plain(options: argparse.Namespace) -> dict[str, Any]:
     """Options for JSON."""
-    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+
+    def one(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [one(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return {key: one(value) for key, value in vars(options).items()}
 
 
 def environment(device: str, threads: int) -> dict[str, Any]:

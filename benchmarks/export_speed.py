@@ -98,8 +98,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             rows.append(
                 {"operation": operation, "by": name, "bytes": size, "off": off, "ratio": ratio, "seconds": seconds[name]}
             )
-    settings = plain(options) | {"programs": list(map(str, options.programs))}
-    return {"options": settings, "environment": environment(options.device, options.threads), "rows": rows}
+    return {"options": plain(options), "environment": environment(options.device, options.threads), "rows": rows}
 
 
 def _inputs(vae: AutoencoderKLVCVAE, operation: str, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -33,9 +33,9 @@ def encode(options: argparse.Namespace, out: Path, processes: int) -> float:
     command += ["--dtype", options.dtype, *(["--model", options.model] if options.model else [])]
     if processes > 1:
         command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *command]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
+    variables = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, *command], env=variables, capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - start
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stderr}")

@@ -75,17 +75,20 @@ def empty(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def trial(name: str, words: list[str], out: Path, whole: int, fault: Fault, rng: random.Random, log: Path) -> list[str]:
-    """One command that runs out of room; returns what was wrong."""
+def trial(
+    name: str, words: list[str], out: Path, whole: dict[str, bytes], fault: Fault, rng: random.Random, log: Path
+) -> list[str]:
+    """One command that runs out of room; returns what was wrong. `whole` is its output with enough of it."""
     older = contents(out)
-    room = rng.randrange(whole)
+    size = sum(map(len, whole.values()))
+    room = rng.randrange(size)
     code = finish(start([*words, *(["--overwrite"] if older else [])], log, fault(out.parent, room)))
     (out.parent / "filler").unlink(missing_ok=True)
     said = " ".join(log.read_text(errors="replace").split())
-    where = f"{name}, room for {room} of {whole} bytes{' over an older output' if older else ''}"
+    where = f"{name}, room for {room} of {size} bytes{' over an older output' if older else ''}"
     wrong = []
     if code == 0:  # what is left out of an output counts as well: logs of shards, rounding to pages
-        return [] if fault is full else [f"{where}: ended well"]
+        return [] if fault is full and contents(out) == whole else [f"{where}: ended well"]
     if code != 1 or "Traceback" in said or str(out.parent) not in said.replace(" ", ""):
         wrong.append(f"{where}: exit {code}, {said[-300:]!r}")
     if out.suffix and contents(out) != older:
@@ -106,10 +109,10 @@ def soak(seconds: float, seed: int) -> tuple[dict[str, float], list[str]]:
                 commands[suffix] = replace(commands["decode"], out=f"out.{suffix}", more=commands["encode"].more)
             beside = ["--compare", str(folder / "beside.mkv")]
             commands["compare"] = replace(commands["reconstruct"], more=[*commands["reconstruct"].more, *beside])
-            sizes = {}
+            whole = {}
             for name, case in commands.items():
                 run([*case.words, str(folder / case.out), *case.more])
-                sizes[name] = sum(map(len, contents(folder).values()))
+                whole[name] = contents(folder / case.out)
                 empty(folder)
             begin = time.monotonic()
             while time.monotonic() - begin < seconds:
@@ -118,7 +121,7 @@ def soak(seconds: float, seed: int) -> tuple[dict[str, float], list[str]]:
                 empty(folder)
                 if out.suffix and rng.random() < 0.5:
                     out.write_bytes(b"older" * 10)
-                faults += trial(name, [*case.words, str(out), *case.more], out, sizes[name], fault, rng, Path(root) / "log")
+                faults += trial(name, [*case.words, str(out), *case.more], out, whole[name], fault, rng, Path(root) / "log")
                 trials += 1
     return {f"commands without room ({fault.__name__})": trials}, faults
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 from commands import LATTE, TRAINING, VCVAE
-from mutations import VALUES, Kind, mutated_bytes, mutated_json
+from mutations import VALUES, Kind, mutated_bytes, mutated_config, mutated_json
 from video_files import encode, numbered_frames
 
 from vc_vae_diffusers.cli.app import app
@@ -35,10 +35,7 @@ def command(*words: str | Path) -> str:
     return f"foreign {' '.join(said.getvalue().split())[-200:]!r}"
 
 
-def mutated_yaml(data: bytes, rng: random.Random) -> bytes:
-    if rng.random() < 0.15:
-        return mutated_bytes(data, rng)
-    return yaml.safe_dump(mutated_json(yaml.safe_load(data), rng)).encode()
+mutated_yaml = partial(mutated_config, load=yaml.safe_load, dump=yaml.safe_dump)
 
 
 def mutated_result(data: bytes, rng: random.Random) -> bytes:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import psutil
@@ -44,9 +43,7 @@ def main() -> int:
     def progress(done: int, total: int | None) -> None:
         if done >= len(rows) * frames / 10:
             cpu = process.cpu_times()
-            rows.append(
-                (done, process.memory_info().rss / 2**20, process.num_fds(), cpu.user + cpu.system, time.monotonic())
-            )
+            rows.append((done, process.memory_info().rss / 2**20, process.num_fds(), cpu.user + cpu.system))
             print(
                 f"{done:,} frames: {rows[-1][1]:.0f} MiB, {rows[-1][2]} open files, {rows[-1][3]:.0f} CPU seconds",
                 flush=True,
@@ -59,8 +56,8 @@ def main() -> int:
             result = reconstruct_file(vae, reader, out, progress=progress)
         with VideoReader(out) as reader:
             there = sum(chunk.shape[1] for chunk in reader)
-    _, early, files, begin, _ = rows[1]
-    _, last, files_after, end, _ = rows[-1]
+    _, early, files, begin = rows[1]
+    _, last, files_after, end = rows[-1]
     middle = rows[len(rows) // 2]
     halves = (rows[-1][0] - middle[0]) / (end - middle[3]) / ((middle[0] - rows[1][0]) / (middle[3] - begin))
     print(

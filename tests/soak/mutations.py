@@ -65,10 +65,13 @@ def mutated_json(value: dict, rng: random.Random, depth: int = 2) -> dict:
     return out
 
 
-def mutated_config(data: bytes, rng: random.Random) -> bytes:
+def mutated_config(
+    data: bytes, rng: random.Random, load: Callable[[bytes], dict] = json.loads, dump: Callable[[dict], str] = json.dumps
+) -> bytes:
+    """A field of a configuration, now and then its bytes."""
     if rng.random() < 0.1:
         return mutated_bytes(data, rng)
-    return json.dumps(mutated_json(json.loads(data), rng)).encode()
+    return dump(mutated_json(load(data), rng)).encode()
 
 
 def mutated_safetensors(data: bytes, rng: random.Random) -> bytes:

@@ -200,7 +200,7 @@ class App:
                     raise Cancelled  # the thread ends at its next group, or when the model is there
                 yield (told[-1], *nothing)
                 cancelled.wait(_TELL_EVERY)
-            shown = self._shown(job.result())
+            shown = job.result()
             unwanted, session.shown = session.shown, folder
         except Cancelled:
             yield ("Cancelled.", *nothing)
@@ -216,10 +216,10 @@ class App:
             if unwanted is not None:
                 self._remove(unwanted)
 
-    def _work(self, wish: Wish, folder: Path, tell: Callable[[str], None], cancelled: Callable[[], bool]) -> Outcome:
-        """`carry_out`, in the thread of the models; logs what is no visitor's fault, whoever still waits."""
+    def _work(self, wish: Wish, folder: Path, tell: Callable[[str], None], cancelled: Callable[[], bool]) -> tuple[Any, ...]:
+        """What is shown of a request, made in the thread of the models; logs what is no visitor's fault."""
         try:
-            return carry_out(wish, self.models, self.limits, folder, tell, cancelled)
+            return self._shown(carry_out(wish, self.models, self.limits, folder, tell, cancelled))
         except (Cancelled, *_SAID):
             raise
         except Exception:

@@ -54,8 +54,8 @@ class Sample:
             return
         with tempfile.TemporaryDirectory(prefix="vcvae-") as folder, tarfile.open(self.source) as archive:
             path = Path(folder) / f"sample{Path(self.member).suffix}"
-            with _inside(archive, self.member) as inside, open(path, "wb") as file:
-                shutil.copyfileobj(inside, file)
+            with open(path, "wb") as file:
+                _copy(archive, self.member, file)
             yield path
 
     def sidecars(self) -> dict[str, bytes]:
@@ -117,19 +117,18 @@ class Shard:
     samples: tuple[Sample, ...]
 
 
-def _inside(archive: tarfile.TarFile, member: str | tarfile.TarInfo) -> IO[bytes]:
-    """A file of an archive, opened."""
+def _copy(archive: tarfile.TarFile, member: str | tarfile.TarInfo, target: IO[bytes]) -> None:
+    """A file of an archive, piece by piece: a header may promise more than memory holds."""
     opened = archive.extractfile(member)
     if opened is None:
         raise ValueError(f"IN: {archive.name!r}: {member} is no file; pack the archive again.")
-    return opened
+    with opened:
+        shutil.copyfileobj(opened, target)
 
 
 def _content(archive: tarfile.TarFile, member: str) -> bytes:
-    """All of it, taken piece by piece: a header may promise more than memory holds."""
     content = io.BytesIO()
-    with _inside(archive, member) as inside:
-        shutil.copyfileobj(inside, content)
+    _copy(archive, member, content)
     return content.getvalue()
 
 
@@ -252,9 +251,8 @@ def unpacked(shard: Path) -> Iterator[Path]:
             with tarfile.open(shard) as archive:
                 for member in archive:
                     if member.isfile() and member.name.endswith(".safetensors"):
-                        target = folder / member.name.replace("/", "__")
-                        with _inside(archive, member) as inside, open(target, "wb") as file:
-                            shutil.copyfileobj(inside, file)
+                        with open(folder / member.name.replace("/", "__"), "wb") as file:
+                            _copy(archive, member, file)
         except tarfile.TarError as error:
             raise ValueError(f"IN: {shard} is no readable tar file ({error}); encode it again.") from error
         if not any(folder.iterdir()):

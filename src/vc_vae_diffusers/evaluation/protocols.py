@@ -13,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..extras import install_hint
+from ..extras import parse_yaml
 
 FRAME_METRICS = ("psnr", "ssim", "lpips_alex", "lpips_vgg")
 STEP_METRICS = ("flicker", "temporal_difference_psnr")
@@ -162,22 +162,15 @@ def load_protocol(name: str, overrides: Mapping[str, Any] | None = None) -> Prot
         ValueError: for an unknown name or field, or a value that makes no sense.
         ImportError: if PyYAML is missing.
     """
-    try:
-        import yaml
-    except ImportError as error:
-        raise ImportError(f"protocols need PyYAML: {install_hint('eval')}") from error
     if name.endswith((".yaml", ".yml")):
-        text = _read_text(Path(name))
+        content = Path(name).read_bytes()
     elif name in protocol_names():
-        text = (resources.files(__package__) / "protocols" / f"{name}.yaml").read_text(encoding="utf-8")
+        content = (resources.files(__package__) / "protocols" / f"{name}.yaml").read_bytes()
     else:
         raise ValueError(
             f"protocol is {name!r}, but it must be a .yaml file or one of {', '.join(protocol_names())}; choose one"
         )
-    try:
-        fields = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"protocol {name!r} is no YAML ({' '.join(str(error).split())}); correct it") from error
+    fields = parse_yaml(content, f"protocol {name!r}", "eval")
     if not isinstance(fields, dict):
         raise ValueError(f"protocol {name!r} holds {type(fields).__name__}, but it must be a mapping of fields")
     known = {field.name for field in dataclasses.fields(Protocol)}
@@ -190,13 +183,6 @@ def load_protocol(name: str, overrides: Mapping[str, Any] | None = None) -> Prot
         return preset
     changed = dataclasses.replace(preset, **overrides)
     return preset if changed == preset else dataclasses.replace(changed, name=f"{preset.name} (changed)")
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"protocol {str(path)!r} is no text ({error}); pass a .yaml file") from error
 
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

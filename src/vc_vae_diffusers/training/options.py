@@ -13,12 +13,11 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from transformers import HfArgumentParser
 
-from ..extras import install_hint
+from ..extras import parse_yaml
 
 Tracker = Literal["tensorboard", "trackio", "wandb", "none"]
 # Those of diffusers that need nothing but the numbers of steps.
@@ -31,19 +30,6 @@ def option(default: Any, text: str) -> Any:
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
-
-
-def load_yaml() -> ModuleType:
-    """The yaml package.
-
-    Raises:
-        ImportError: saying what installs it.
-    """
-    try:
-        import yaml
-    except ImportError as error:
-        raise ImportError(f"training needs pyyaml: {install_hint('train')}") from error
-    return yaml
 
 
 @dataclass
@@ -187,11 +173,7 @@ def _meant(name: str, known: Iterable[str]) -> str:
 
 
 def _read_yaml(file: Path) -> dict[Any, Any]:
-    yaml = load_yaml()
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
+    values = parse_yaml(file.read_bytes(), str(file), "train") or {}
     if not isinstance(values, dict):
         raise ValueError(f"{file} holds a {type(values).__name__}; write one option a line, as steps: 1000")
     return values

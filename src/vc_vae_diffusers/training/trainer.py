@@ -23,6 +23,7 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from ..extras import load_yaml
 from ..files import write_whole
 from . import memory
 from .checkpoints import (
@@ -36,7 +37,7 @@ from .checkpoints import (
 )
 from .log import JsonlLog, StopSignal, progress_bar, row_text
 from .machine import checkpoints_of
-from .options import Config, load_yaml
+from .options import Config
 
 logger = logging.getLogger(__name__)
 
@@ -256,7 +257,7 @@ class Trainer(ABC):
         """Write them to ``config.yaml``, and begin the tracker's run with them."""
         options = self.config.flat()
         if self.accelerator.is_main_process:
-            write_whole(self.output / "config.yaml", load_yaml().safe_dump(options, sort_keys=False))
+            write_whole(self.output / "config.yaml", load_yaml("train").safe_dump(options, sort_keys=False))
         values = {name: value if isinstance(value, int | float) else str(value) for name, value in options.items()}
         self.accelerator.init_trackers(self.project, config=values)
 
