@@ -148,7 +148,8 @@ def test_a_trace_is_read_at_other_sizes():
     assert trace.peak() == 40 + 400 + 100 + 400
     assert trace.peak(area=3) == 40 + 3 * 900
     assert trace.peak(area=3, groups=2) == 40 + 3 * (2 * 800 + 100)
-    assert trace.peak(area=3, groups=2, goes_on=True) == 40 + 3 * (2 * 800 + 2 * 100)
+    assert trace.peak(area=3, groups=2, goes_on=True) == 40 + 3 * (2 * 800 + 100)  # the cache before is gone by then
+    assert trace.peak(groups=0.1, goes_on=True) == 40 + 40 + 2 * 100
     assert (trace.cache(), trace.cache(area=3)) == (100, 300)
 
 

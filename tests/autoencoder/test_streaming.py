@@ -9,6 +9,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from vc_vae_diffusers.autoencoder.autoencoder_kl_vcvae import AutoencoderKLVCVAE
+from vc_vae_diffusers.operators.tdc import TemporalConv3d
 
 CONFIGS = [
     {"temporal_causality": "group"},
@@ -381,6 +382,34 @@ def test_streams_let_go_of_frames(make_vae, make_video, size):
     for _ in stream:
         assert len(made) - len(gone) <= 1
     assert len(made) == 5
+
+
+@torch.no_grad()
+@configurations
+@pytest.mark.parametrize("run", ["encode", "decode", "encode_stream", "decode_stream"])
+def test_a_state_is_forgotten_once_the_next_one_is_made(make_vae, make_video, monkeypatch, config, run):
+    """Only who holds a cache himself, and hands it to `encode_chunk` or `decode_chunk`, has two."""
+    vae, alive, counts = make_vae(**config), [], []
+    kind = type(vae.decoder.neighbours_in)
+    state = kind.state
+
+    def counted(self, x, past):
+        made = state(self, x, past)
+        alive.append(None)
+        weakref.finalize(made.untyped_storage(), alive.pop)
+        counts.append(len(alive))
+        return made
+
+    monkeypatch.setattr(kind, "state", counted)
+    x = make_video(17) if "encode" in run else torch.randn(1, 4, 4, 2, 3, generator=torch.Generator().manual_seed(0))
+    if "stream" in run:
+        list(getattr(vae, run)(x.split(2, dim=2), num_frames=x.shape[2] if "encode" in run else None))
+    else:
+        getattr(vae, run)(x)
+    network = vae.encoder if "encode" in run else vae.decoder
+    layers = sum(isinstance(layer, TemporalConv3d) and layer.temporal_stride == 1 for layer in network.modules())
+    assert len(counts) > 3 * layers
+    assert max(counts) == layers + 1
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ frame by frame, for with statistics over time neither causality nor chunked proc
 """
 
 import functools
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import cast
@@ -33,8 +34,25 @@ from ..operators.tdc import (
 )
 
 # The state of a stream: a tensor a temporal layer, nested as the modules are, in a list where there are tiles; None before
-# the first chunk.
-Cache = tuple | list | torch.Tensor | None
+# the first chunk. What modules return is made of tuples.
+Cache = tuple | deque | list | torch.Tensor | None
+
+
+def given_away(cache: Cache) -> Cache:
+    """A cache that nobody else keeps, as queues: each state is forgotten when the layer that takes it has made the next."""
+    return deque(map(given_away, cache)) if isinstance(cache, tuple) else cache
+
+
+def kept(cache: Cache) -> Cache:
+    """A cache that stays as it is when a chunk takes it."""
+    if isinstance(cache, list):
+        return [kept(tile) for tile in cache]
+    return tuple(map(kept, cache)) if isinstance(cache, deque) else cache
+
+
+def states_of(cache: Cache, count: int) -> deque:
+    """The states in a cache, to be taken one by one; a cache that was given away loses them."""
+    return cache if isinstance(cache, deque) else deque(cache or (None,) * count)
 
 
 @dataclass(frozen=True)
@@ -99,9 +117,11 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = PointConv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: torch.Tensor, cache: Cache = None) -> tuple[torch.Tensor, Cache]:
-        cache1, cache2 = cache or (None, None)
-        h, cache1 = stream(self.conv1, self.neighbours, normalised(x, self.norm1, self.nonlinearity), cache1)
-        h, cache2 = stream(self.conv2, self.neighbours, normalised(h, self.norm2, self.nonlinearity), cache2)
+        states = states_of(cache, 2)
+        h = normalised(x, self.norm1, self.nonlinearity)
+        h, cache1 = stream(self.conv1, self.neighbours, h, states.popleft())
+        h = normalised(h, self.norm2, self.nonlinearity)
+        h, cache2 = stream(self.conv2, self.neighbours, h, states.popleft())
         if self.conv_shortcut is not None:
             x = per_frame(self.conv_shortcut, x)
         return (h.add_(x) if can_overwrite(self.conv2) else x + h), (cache1, cache2)
@@ -234,22 +254,22 @@ class MidBlock(nn.Module):
             )
 
     def forward(self, x: torch.Tensor, cache: Cache = None) -> tuple[torch.Tensor, Cache]:
-        first, second = cache or (None, None)
-        x, first = self.resnets[0](x, first)
+        states = states_of(cache, 2)
+        x, first = self.resnets[0](x, states.popleft())
         for attention in self.attentions:
             x = per_frame(attention, x)
-        x, second = self.resnets[1](x, second)
+        x, second = self.resnets[1](x, states.popleft())
         return x, (first, second)
 
 
 def run_in_order(layers: Iterable[nn.Module], x: torch.Tensor, cache: Cache) -> tuple[torch.Tensor, Cache]:
     """Thread x through layers that each keep their own state."""
     layers = list(layers)
-    states = []
-    for layer, state in zip(layers, cache or (None,) * len(layers), strict=True):
-        x, state = layer(x, state)
-        states.append(state)
-    return x, tuple(states)
+    states, following = states_of(cache, len(layers)), []
+    for layer in layers:
+        x, state = layer(x, states.popleft())
+        following.append(state)
+    return x, tuple(following)
 
 
 class Encoder(nn.Module):
@@ -297,15 +317,17 @@ class Encoder(nn.Module):
         self.neighbours_out = self.conv_out.neighbours
 
     def forward(self, x: torch.Tensor, cache: Cache = None) -> tuple[torch.Tensor, Cache]:
-        first, *stages, last = cache or (None,) * (len(self.down_blocks) + 3)
-        x, first = stream(self.conv_in, self.neighbours_in, x, first)
-        for i, block in enumerate((*self.down_blocks, self.mid_block)):
+        states = states_of(cache, len(self.down_blocks) + 3)
+        x, first = stream(self.conv_in, self.neighbours_in, x, states.popleft())
+        stages = []
+        for block in (*self.down_blocks, self.mid_block):
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x, stages[i] = self._gradient_checkpointing_func(block, x, stages[i])
+                x, state = self._gradient_checkpointing_func(block, x, states.popleft())
             else:
-                x, stages[i] = block(x, stages[i])
+                x, state = block(x, states.popleft())
+            stages.append(state)
         x = normalised(x, self.conv_norm_out, self.conv_act)
-        x, last = stream(self.conv_out, self.neighbours_out, x, last)
+        x, last = stream(self.conv_out, self.neighbours_out, x, states.popleft())
         return x, (first, *stages, last)
 
 
@@ -365,20 +387,22 @@ class Decoder(nn.Module):
         """
         still = still and self.keeps_still and z.device.type == "cpu"
         still = still and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-        first, middle, *stages, last = cache or (None,) * (len(self.up_blocks) + 3)
+        states = states_of(cache, len(self.up_blocks) + 3)
         checkpointed = torch.is_grad_enabled() and self.gradient_checkpointing
-        x, first = stream(self.conv_in, self.neighbours_in, z, first)
+        x, first = stream(self.conv_in, self.neighbours_in, z, states.popleft())
         if checkpointed:
-            x, middle = self._gradient_checkpointing_func(self.mid_block, x, middle)
+            x, middle = self._gradient_checkpointing_func(self.mid_block, x, states.popleft())
         else:
-            x, middle = self.mid_block(x, middle)
-        for i, block in enumerate(self.up_blocks):
+            x, middle = self.mid_block(x, states.popleft())
+        stages = []
+        for block in self.up_blocks:
             if checkpointed:
-                x, stages[i] = self._gradient_checkpointing_func(block, x, stages[i], first_frame_alone)
+                x, state = self._gradient_checkpointing_func(block, x, states.popleft(), first_frame_alone)
             else:
-                x, stages[i] = block(x, stages[i], first_frame_alone, still)
+                x, state = block(x, states.popleft(), first_frame_alone, still)
+            stages.append(state)
         x = normalised(x, self.conv_norm_out, self.conv_act)
-        x, last = stream(self.conv_out, self.neighbours_out, x, last)
+        x, last = stream(self.conv_out, self.neighbours_out, x, states.popleft())
         if still and x.shape[2] == 1:
             x = x.expand(-1, -1, self.group_size, -1, -1)
         return x, (first, middle, *stages, last)

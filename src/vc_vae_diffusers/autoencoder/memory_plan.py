@@ -228,7 +228,7 @@ class MemoryEstimator:
             video = 3 * groups_per_chunk * self.groups.size * frame * colours
             cache = (tiles - 1) * trace.cache(area)
             if self.slices:  # all clips, before and after
-                cache = (2 * batch_size * tiles - 1) * trace.cache(area)
+                cache = 2 * batch_size * tiles * trace.cache(area)
             if both:
                 other = self._trace(
                     "decode" if operation == "encode" else "encode", at_once, height, width, self.groups.size

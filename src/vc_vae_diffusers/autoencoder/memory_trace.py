@@ -111,15 +111,15 @@ class MemoryTrace(TorchDispatchMode):
 
         Args:
             area, groups: by how much frames are larger and the chunk is longer than those that were recorded.
-            goes_on: whether the caches of a chunk before are there as well.
+            goes_on: whether the caches of a chunk before are there as well; each goes once the next one is made.
             mapped_bytes: tensors below this size count as a heap does, which keeps its highest size; None counts all alike.
             heap_factor: for the heap's holes.
         """
         sizes = [allocation.at(area, groups) for allocation in self.allocations]
         limit = 0 if mapped_bytes is None else mapped_bytes
-        before = [allocation.at(area, 1) for allocation in self.caches] if goes_on else []
-        small = heap = sum(size for size in before if size < limit)
-        large = sum(size for size in before if size >= limit)
+        before = {id(allocation): allocation.at(area, 1) for allocation in self.caches} if goes_on else {}
+        small = heap = sum(size for size in before.values() if size < limit)
+        large = sum(size for size in before.values() if size >= limit)
         most = heap * heap_factor + large
         for event in self.events:
             size = sizes[event] if event >= 0 else -sizes[~event]
@@ -129,6 +129,8 @@ class MemoryTrace(TorchDispatchMode):
             else:
                 large += size
             most = max(most, heap * heap_factor + large)
+            if event >= 0 and (replaced := before.get(id(self.allocations[event]), 0)):
+                small, large = (small - replaced, large) if replaced < limit else (small, large - replaced)
         return int(most)
 
 

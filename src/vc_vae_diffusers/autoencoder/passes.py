@@ -14,7 +14,7 @@ from diffusers.models.modeling_utils import get_parameter_dtype
 from torch import nn
 
 from ..operators.frames import per_frame
-from .blocks import Cache, Decoder, Encoder
+from .blocks import Cache, Decoder, Encoder, given_away
 from .checks import check_video
 from .frame_groups import FrameGroups, cut
 from .slicing import by_clip
@@ -129,11 +129,17 @@ class PassesMixin(nn.Module):
         keeps_all = torch.is_grad_enabled() and not network.gradient_checkpointing and trained
         return None if keeps_all else self.groups_per_chunk
 
+    @staticmethod
+    def _ours(cache: Cache) -> Cache:
+        """A cache that the next chunk may use up. Checkpointing needs it again."""
+        return cache if torch.is_grad_enabled() else given_away(cache)
+
     def _encode_groups(self, x: torch.Tensor, cache: Cache, parts: FrameBuffer, missing: int = 0) -> Cache:
         """Encode x, with `missing` frames repeated to make whole groups, chunk by chunk into `parts`, at one extent."""
         sizes = self.groups.chunks(x.shape[2] + missing, cache is None, self._most_groups(self.encoder, x))
         for chunk in cut(x, sizes, self.groups.front_padded):
             moments, cache = self.encoder(chunk.contiguous(memory_format=torch.channels_last_3d), cache)
+            cache = self._ours(cache)
             if self.quant_conv is not None:
                 moments = per_frame(self.quant_conv, moments)
             parts.append(moments)
@@ -147,6 +153,7 @@ class PassesMixin(nn.Module):
                 chunk = per_frame(self.post_quant_conv, chunk)
             alone = cache is None and self.groups.alone > 0
             frames, cache = self.decoder(chunk.contiguous(memory_format=torch.channels_last_3d), cache, alone, still)
+            cache = self._ours(cache)
             parts.append(frames)
         return cache
 

@@ -9,7 +9,7 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
-from .blocks import Cache
+from .blocks import Cache, kept
 from .frame_groups import repeat_frames
 from .passes import PassesMixin
 
@@ -35,7 +35,8 @@ class StreamsMixin(PassesMixin):
         self._check(frames, "frames", encodes=True)
         missing = self.groups.missing(frames.shape[2]) if cache is None and self.groups.front_padded else 0
         self.groups.check_chunk(frames.shape[2] + missing, start=cache is None)
-        return self._encode_frames(frames, list(cache) if isinstance(cache, list) else cache, missing)
+        moments, next_cache = self._encode_frames(frames, kept(cache), missing)
+        return moments, kept(next_cache)
 
     @apply_forward_hook
     def decode_chunk(self, latents: torch.Tensor, cache: Cache = None) -> tuple[torch.Tensor, Cache]:
@@ -52,10 +53,10 @@ class StreamsMixin(PassesMixin):
             ValueError: for a wrong shape.
         """
         self._check(latents, "latents", encodes=False)
-        frames, next_cache = self._decode_frames(latents, list(cache) if isinstance(cache, list) else cache)
+        frames, next_cache = self._decode_frames(latents, kept(cache))
         if cache is None:
             frames = frames[:, :, self.groups.kept(frames.shape[2], None)[0] :]
-        return frames, next_cache
+        return frames, kept(next_cache)
 
     def encode_stream(
         self, frames: Iterable[torch.Tensor], num_frames: int | None = None
