@@ -108,6 +108,22 @@ def test_compile_is_for_chunks_and_refuses_what_records_graphs(make_vae, make_vi
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"dynamic": True}], ids=str)
+def test_other_sizes_of_frames_compile_once_more_at_most(make_vae, options):
+    groups_of_four = {"block_out_channels": (8, 8, 8), "temporal_downsample": (True, True), "mid_block_add_attention": False}
+    vae, counter = small_vae(make_vae, **groups_of_four), CompileCounterWithBackend("eager")
+    clips = [torch.randn(1, 4, 3, *size, generator=torch.Generator().manual_seed(0)) for size in ((8, 12), (12, 8), (6, 14))]
+    expected = [vae.decode(latents).sample for latents in clips]
+    vae.requires_grad_(False).compile(backend=counter, fullgraph=True, **options)
+    counts = []
+    for latents, frames in zip(clips, expected, strict=True):
+        torch.testing.assert_close(vae.decode(latents).sample, frames, rtol=0, atol=1e-5)
+        counts.append(counter.frame_count)
+    assert counts[0] == 2  # the start of a clip and the rest
+    assert counts[2] == counts[1] <= 4
+
+
+@torch.no_grad()
 def test_ways_for_gpus_are_plain_sums_to_the_compiler(make_vae, monkeypatch):
     """The compiler fuses sums itself; here it takes those ways on a CPU."""
     vae = small_vae(make_vae).requires_grad_(False)

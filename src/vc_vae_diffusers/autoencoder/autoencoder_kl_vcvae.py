@@ -319,12 +319,13 @@ class AutoencoderKLVCVAE(SavedModelMixin, StreamsMixin, AutoencoderMixin):
     def compile(self, **options) -> None:
         """Compile the network with `torch.compile`, for GPUs: `encode`, `decode`, their chunks and streams use it then.
 
-        Encoder and decoder are compiled, chunk by chunk: at a size of frames once for the start of a clip and once for all
-        that follows, however long it is. Compilation happens at the first call, takes minutes at full size and is kept in
-        `TORCHINDUCTOR_CACHE_DIR`. Call `fuse_tdc()` before: fused kernels become constants. To go back, load the model anew.
+        Encoder and decoder are compiled, chunk by chunk: once for the start of a clip and once for all that follows, however
+        long it is; and once more for other sizes of frames. Compilation happens at the first call, takes minutes at full
+        size and is kept in `TORCHINDUCTOR_CACHE_DIR`. Call `fuse_tdc()` before: fused kernels become constants. To go back,
+        load the model anew.
 
         Args:
-            options: of `torch.compile`. `dynamic=True` compiles for any height and width.
+            options: of `torch.compile`. `dynamic=True` compiles for any height and width at once.
 
         Raises:
             ValueError: for modes that record CUDA graphs: the next run of a graph overwrites its outputs, and with them what

@@ -192,6 +192,7 @@ class BlendedFrameBuffer(FrameBuffer):
             self.buffer = part.new_zeros(*part.shape[:2], self.total, self.height, self.width)
         mean = self.buffer[:, :, self.filled : self.filled + part.shape[2], self.rows, self.columns]
         wide = torch.promote_types(part.dtype, torch.float32)
-        difference = (part.to(wide) - mean) * self.share.to(part.device, wide)
+        self.share = self.share.to(part.device, wide)  # travels once a tile
+        difference = (part.to(wide) - mean) * self.share
         self.buffer[:, :, self.filled : self.filled + part.shape[2], self.rows, self.columns] = mean + difference
         self.filled += part.shape[2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 from pathlib import Path
 
 import torch
@@ -34,6 +35,7 @@ def prepare(run: RunConfig) -> Accelerator:
     if run.num_threads:
         torch.set_num_threads(run.num_threads)
     if run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it PyTorch refuses matrix products on GPUs
         torch.use_deterministic_algorithms(True)
     state = processes("cpu" if run.cpu else None)
     _log(state.is_main_process)

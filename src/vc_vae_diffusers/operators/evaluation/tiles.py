@@ -34,7 +34,7 @@ class Algorithm:
 
 def combine(matrix: Matrix, parts: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """Linear combinations of `parts`, `(columns, ...)` to `(rows, ...)`, written into `out` if there is one."""
-    if is_fake(parts) or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_fake(parts):
         factors = parts.new_tensor(matrix)  # of this trace
     else:
         factors = constant(tuple(map(tuple, matrix)), parts.dtype, parts.device)

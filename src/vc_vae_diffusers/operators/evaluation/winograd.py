@@ -25,9 +25,6 @@ from .way import Way
 if TYPE_CHECKING:
     from ..tdc import GroupCausalConv3d, TemporalConv3d
 
-# Infinity is one more.
-POINTS = (0.0, 0.75, -0.75, 1.5, -1.5)
-
 
 @dataclass(frozen=True)
 class FourFrames(Way["GroupCausalConv3d", tuple[FrameConv, ...]]):
@@ -35,15 +32,18 @@ class FourFrames(Way["GroupCausalConv3d", tuple[FrameConv, ...]]):
 
     Args:
         always: also for few pixels and on other devices than CPUs, where it was measured to be faster.
-        points: of interpolation, 0 the first one.
     """
 
     always: bool = False
-    points: tuple[float, ...] = POINTS
+
+    @staticmethod
+    def points() -> tuple[float, ...]:
+        """Those of interpolation, 0 the first one and infinity one more. The compiler takes attributes for inputs."""
+        return 0.0, 0.75, -0.75, 1.5, -1.5
 
     def algorithm(self, layer: "TemporalConv3d", group: int) -> Algorithm:
         """The maps over time; a group's last frame, or zeros, stand for the frame after it."""
-        return four_frames(layer.temporal_padding if group == 4 else "given", self.points)
+        return four_frames(layer.temporal_padding if group == 4 else "given", self.points())
 
     def fits(self, layer: "TemporalConv3d", group: int) -> bool:
         """Whether groups are made of tiles."""
@@ -55,7 +55,7 @@ class FourFrames(Way["GroupCausalConv3d", tuple[FrameConv, ...]]):
     def kernels(self, layer: "GroupCausalConv3d") -> tuple[FrameConv, ...]:
         """Six 2-D kernels, summed in float32 at least. The bias is split so that it comes to itself in every frame."""
         kernel, padding = layer.plain_kernel(), layer.padding[1]
-        of_frames, of_kernel, _ = matrices(self.points)
+        of_frames, of_kernel, _ = matrices(self.points())
         slices = kernel.to(torch.promote_types(kernel.dtype, torch.float32))
         slices = slices.permute(2, 0, 3, 4, 1).contiguous()  # channels last, which is how 2-D convolutions are fastest
         weights = combine(of_kernel, slices).permute(0, 1, 4, 2, 3).to(kernel.dtype)
@@ -76,7 +76,7 @@ class FourFrames(Way["GroupCausalConv3d", tuple[FrameConv, ...]]):
 
 
 @cache
-def four_frames(after: str, points: tuple[float, ...] = POINTS) -> Algorithm:
+def four_frames(after: str, points: tuple[float, ...]) -> Algorithm:
     """F(4, 3); the frame after the tile is `"given"`, missing and replaced by the last (`"replicate"`), or `"zeros"`."""
     frames, kernel, products = matrices(points)
     if after == "replicate":
