@@ -98,6 +98,19 @@ def test_leftovers_of_killed_processes_go_with_the_next_write(tmp_path):
     assert files.file_digest(tmp_path / "new.json") == hashlib.sha256((tmp_path / "new.json").read_bytes()).hexdigest()
 
 
+def test_a_scratch_folder_goes_with_its_block_or_the_next_one(tmp_path):
+    code = "import os, sys; from vc_vae_diffusers.files import scratch_folder\nwith scratch_folder(sys.argv[1]) as f: " + (
+        "(f / 'half').touch(); os._exit(1)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
+    (dead,) = tmp_path.iterdir()
+    assert (dead / "half").exists()
+    with files.scratch_folder(tmp_path) as first, files.scratch_folder(tmp_path) as second:
+        assert {first, second} == set(tmp_path.iterdir())
+        assert first.stat().st_mode & 0o077 == 0  # it may hold what visitors of the app upload
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_errors_of_a_full_disk_name_the_file(tmp_path, number):
     path = tmp_path / "out.bin"

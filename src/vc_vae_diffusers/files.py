@@ -7,6 +7,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import socket
 import zlib
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ def _host() -> str:
 def partial_path(path: str | os.PathLike) -> Path:
     """A hidden name beside `path`, of the same suffix, for a file that is to take its place when it is whole.
 
-    Removes what processes of this machine left in the folder that were killed while they wrote.
+    Removes what processes of this machine left beside it that were killed while they wrote.
     """
     remove_stale(Path(path).parent)
     return _partial_name(Path(path))
@@ -40,14 +41,25 @@ def _partial_name(path: Path) -> Path:
 
 
 def remove_stale(folder: Path) -> None:
-    """Remove the partial files in a folder whose process is no longer there. Those of other machines are left alone."""
+    """Remove partial files and folders whose process is no longer there. Those of other machines are left alone."""
     import psutil
 
     for left in folder.glob(".*.part*"):
         found = _PARTIAL.fullmatch(left.name)
         if found and found["host"] == _host() and not psutil.pid_exists(int(found["pid"])):
             with contextlib.suppress(OSError):  # another process was faster, or the folder may only be read
-                left.unlink()
+                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+
+
+@contextmanager
+def scratch_folder(parent: str | os.PathLike) -> Iterator[Path]:
+    """A hidden folder in `parent`, until the block ends. That of a process that was killed goes with the next one's."""
+    folder = partial_path(Path(parent) / "vcvae")
+    folder.mkdir(mode=0o700)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

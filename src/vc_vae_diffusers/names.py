@@ -1,10 +1,13 @@
-"""Names that people give to models and files, and what is said when nothing has them."""
+"""Names that people give to models and files, and what errors say for people."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+# What PyTorch and oneDNN say on processors.
+_WANTED = re.compile(r"can't allocate memory: you tried to allocate (\d+) bytes")
+_ONEDNN = re.compile(r"could not (create|execute) a (primitive|memory|stream)|std::bad_alloc")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -24,3 +27,15 @@ def told(error: Exception) -> str:
         wrong_path = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
         return f"{error.filename}: {error.strerror}{'; check the path' * wrong_path}."
     return str(error)
+
+
+def memory_short(error: BaseException) -> str | None:
+    """What to say of memory that ran out, of the machine or of a GPU; None for every other error."""
+    text = str(error).partition("\n")[0].rstrip(". ")
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return text or "out of memory"
+    if not isinstance(error, RuntimeError):
+        return None
+    if wanted := _WANTED.search(text):
+        return f"out of memory: there is no room for {int(wanted[1]) / 1e6:,.0f} MB more"
+    return f"out of memory, as it seems: {text}" if _ONEDNN.match(text) else None

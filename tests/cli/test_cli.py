@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -605,3 +606,31 @@ def test_compile_compiles_the_network_and_changes_no_frame(make_vae, clip, tmp_p
     run("reconstruct", clip, tmp_path / "compiled.mkv", *options, "--compile")
     assert len(graphs) == 4  # encoder and decoder, the start of a stream and the rest
     torch.testing.assert_close(read(tmp_path / "compiled.mkv"), read(tmp_path / "plain.mkv"), rtol=0, atol=1)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits on address space are Linux's")
+def test_memory_that_runs_out_is_said_in_one_line(model, tmp_path):
+    """The limit is set when the video is open, a little above what the process has."""
+    source = encode(tmp_path / "in.mkv", numbered_frames(8, 512, 512), "ffv1", "bgr0")
+    code = """
+import resource, sys
+from vc_vae_diffusers.autoencoder.autoencoder_kl_vcvae import AutoencoderKLVCVAE
+from vc_vae_diffusers.cli.app import app
+run = AutoencoderKLVCVAE._encode_frames
+def limited(*arguments, **options):
+    pages = int(open("/proc/self/statm").read().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (48 << 20), -1))
+    return run(*arguments, **options)
+AutoencoderKLVCVAE._encode_frames = limited
+app(sys.argv[1:])
+"""
+    arguments = ["reconstruct", source, tmp_path / "out.mkv", "--model", model, "--device", "cpu"]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "300"}
+    words = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(words, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert re.search(
+        r"Error: out of memory(: there is no room for [\d,]+ MB more|, as it seems: .+); use --tile", done.stderr
+    )
+    assert "Traceback" not in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"in.mkv", "model"}

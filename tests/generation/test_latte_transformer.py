@@ -289,6 +289,12 @@ def test_wrong_inputs_are_refused_with_a_remedy():
         ({"num_layers": 3}, "must be even"),
         ({"attention_head_dim": 7}, "must divide by 4"),
         ({"sample_size": (4, 5)}, "must divide by patch_size 2"),
+        ({"num_layers": [2]}, r"num_layers is \[2\]; it must be a whole number of at least 1"),
+        ({"patch_size": 0}, "patch_size is 0"),
+        ({"sample_size": "4"}, "sample_size is '4'"),
+        ({"sample_size": [4, 4, 4]}, "sample_size is"),
+        ({"num_classes": True}, "num_classes is True"),
+        ({"mlp_ratio": None}, "mlp_ratio is None; it must be a number"),
     ]:
         with pytest.raises(ValueError, match=message):
             LatteAdaLNTransformer3DModel(**{**TINY, **config})

@@ -80,6 +80,11 @@ def test_what_happens_to_one_process_is_said_by_it(capsys, monkeypatch):
         (OSError("the disk is gone"), "Error on process 1: the disk is gone\n"),
         (DataError("nothing to read"), "Error on process 1: nothing to read\n"),
         (torch.OutOfMemoryError("CUDA out of memory.\nmore"), "Error on process 1: CUDA out of memory. Make micro-batches"),
+        (MemoryError(), "Error on process 1: out of memory. Make micro-batches"),
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+            "Error on process 1: DataLoader worker (pid 7) is",
+        ),
     ):
         monkeypatch.setattr(program, "main", Mock(side_effect=error))
         assert program.run("vcvae", []) == 1

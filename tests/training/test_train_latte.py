@@ -473,6 +473,12 @@ def test_options_are_checked(folder, tmp_path):
         parse(["--data", "a", "--output", "b"])
     with pytest.raises(ValueError, match="give --latent_cache"):
         parse(options(folder, tmp_path, latent_cache=None, latent_statistics="data"))
+    for changes, said in (
+        ('{"num_layer": 2}', r"num_layer \(did you mean num_layers\?\)"),
+        ('{"num_layers": [2]}', "num_layers is"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            trainer(folder, tmp_path / "wrong", transformer_config=changes, latent_cache=None)
     train(folder, tmp_path / "run", steps=2)
     state = json.loads((tmp_path / "run" / "checkpoints" / "step-00000002" / "trainer.json").read_text())
     run = trainer(folder, tmp_path / "run", steps=2)

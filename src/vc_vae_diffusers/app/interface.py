@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,9 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from ..files import scratch_folder
 from ..hardware import has_bfloat16
+from ..names import memory_short
 from ..video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, VideoWriteError
 from ..video.samples import carried_clip, write_test_pattern
 from .limits import Limits
@@ -91,8 +93,9 @@ class App:
 
     def __init__(self, models: Models, limits: Limits):
         self.models, self.limits = models, limits
-        self._temporary = tempfile.TemporaryDirectory(prefix="vcvae-app-")
-        self.root, self.uploads = (Path(self._temporary.name) / name for name in ("sessions", "uploads"))
+        self._ending = ExitStack()
+        self._folder = self._ending.enter_context(scratch_folder(tempfile.gettempdir()))
+        self.root, self.uploads = (self._folder / name for name in ("sessions", "uploads"))
         self.root.mkdir()
         self.sessions: dict[str, Session] = {}
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="vcvae-app")
@@ -102,7 +105,7 @@ class App:
         for session in self.sessions.values():
             session.cancel()
         self._threads.shutdown()
-        self._temporary.cleanup()
+        self._ending.close()
 
     # ------------------------------------------------------------------------------------------------------ sessions
 
@@ -161,7 +164,7 @@ class App:
     def check_room(self) -> None:
         """Raises ValueError where uploads and results take too much of the disk."""
         sizes = []
-        for folder, _, names in os.walk(self._temporary.name):
+        for folder, _, names in os.walk(self._folder):
             for name in names:
                 with suppress(FileNotFoundError):  # of a visitor who has just left
                     sizes.append(os.stat(os.path.join(folder, name)).st_size)
@@ -355,7 +358,7 @@ class App:
 
 def _in_words(error: Exception, source: str, root: Path) -> str:
     """An error in words, without the folders of this machine."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
+    if memory_short(error):
         return "there is not enough memory. Choose a smaller size or tiles, or fewer frames."
     text = str(error) or "The file changed while it was read."
     for folder in (Path(source).parent, Path(source).resolve().parent):

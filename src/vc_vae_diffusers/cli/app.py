@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 
 from vc_vae_diffusers import __version__
 
-from ..names import told
+from ..names import memory_short, told
 from .browser_app import browser_app
 from .decode import decode
 from .demo import demo
@@ -91,8 +91,8 @@ class _ReportingGroup(TyperGroup):
 def _report_exception(error: Exception, as_json: bool) -> int:
     """One line for what a user can put right. Anything else is a bug, and shows its traceback."""
     kind = type(error).__name__
-    if kind == "OutOfMemoryError":
-        return _report(kind, f"{str(error).splitlines()[0]}; {_OUT_OF_MEMORY}", 1, as_json)
+    if short := memory_short(error):
+        return _report("OutOfMemoryError", f"{short}; {_OUT_OF_MEMORY}", 1, as_json)
     if isinstance(error, (ValueError, OSError, ImportError)) or kind in ("VideoWriteError", "DataError"):
         return _report(kind, told(error), 1, as_json)
     traceback.print_exception(error)

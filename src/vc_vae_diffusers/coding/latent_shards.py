@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from ..files import whole_file, write_json, write_whole
+from ..files import scratch_folder, whole_file, write_json, write_whole
 from ..video import VideoReadError, is_media_name
 
 INDEX_NAME, SETTINGS_NAME = "index.json", "settings.json"
@@ -52,8 +52,8 @@ class Sample:
         if self.member is None:
             yield self.source
             return
-        with tempfile.TemporaryDirectory(prefix="vcvae-") as folder, tarfile.open(self.source) as archive:
-            path = Path(folder) / f"sample{Path(self.member).suffix}"
+        with scratch_folder(tempfile.gettempdir()) as folder, tarfile.open(self.source) as archive:
+            path = folder / f"sample{Path(self.member).suffix}"
             with open(path, "wb") as file:
                 _copy(archive, self.member, file)
             yield path
@@ -245,8 +245,7 @@ def unpacked(shard: Path) -> Iterator[Path]:
     Raises:
         ValueError: if it is no tar file, or holds none.
     """
-    with tempfile.TemporaryDirectory(prefix="vcvae-") as name:
-        folder = Path(name)
+    with scratch_folder(tempfile.gettempdir()) as folder:
         try:
             with tarfile.open(shard) as archive:
                 for member in archive:

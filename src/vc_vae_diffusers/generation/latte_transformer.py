@@ -6,6 +6,7 @@ modulation. State-dict keys are those of the original release, so that such chec
 """
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,6 +25,7 @@ from ..publishing.auto_map import PublishedModelMixin
 LATTE_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 
 FREQUENCY_EMBEDDING_SIZE = 256
+_COUNTS = ("patch_size", "in_channels", "num_layers", "num_attention_heads", "attention_head_dim", "video_length")
 
 
 def latte_size_config(size: str) -> dict[str, int]:
@@ -206,6 +208,7 @@ class LatteAdaLNTransformer3DModel(PublishedModelMixin, ModelMixin, ConfigMixin)
         class_dropout_prob: float = 0.1,
     ):
         super().__init__()
+        check_numbers(self.config)
         dim = num_attention_heads * attention_head_dim
         height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
         check_geometry(dim, num_layers, height, width, patch_size)
@@ -351,6 +354,24 @@ class LatteAdaLNTransformer3DModel(PublishedModelMixin, ModelMixin, ConfigMixin)
                 f"class_labels has shape {tuple(class_labels.shape)} for {hidden_states.shape[0]} samples; pass one"
                 " integer for each."
             )
+
+
+def check_numbers(config: Mapping[str, Any]) -> None:
+    """Refuse what is no number.
+
+    Raises:
+        ValueError: naming the argument and the rule.
+    """
+    size = config["sample_size"]
+    sides = size if isinstance(size, list | tuple) and len(size) == 2 else (size,)
+    counts = [(name, config[name]) for name in _COUNTS] + [("sample_size", side) for side in sides]
+    counts += [(name, config[name]) for name in ("out_channels", "num_classes") if config[name] is not None]
+    for name, count in counts:
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"{name} is {config[name]!r}; it must be a whole number of at least 1.")
+    for name in ("mlp_ratio", "class_dropout_prob"):
+        if isinstance(config[name], bool) or not isinstance(config[name], int | float):
+            raise ValueError(f"{name} is {config[name]!r}; it must be a number.")
 
 
 def check_geometry(dim: int, num_layers: int, height: int, width: int, patch_size: int) -> None:

@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import tempfile
 import urllib.request
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import huggingface_hub
 from safetensors.torch import save_file
 
 from ..extras import install_hint
-from ..files import whole_file
+from ..files import scratch_folder, whole_file
 from . import weights as table
 from .pickled_weights import NumpyUnpickler
 from .weights import (
@@ -97,8 +96,8 @@ def fetch_weights(
     report = progress or logger.info
     chosen = [weights for name in names for weights in table.FETCHABLE if weights.fetch_name == name]
     # Temporary files live beside the result: os.replace is atomic only within one file system.
-    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as scratch:
-        return [_fetch_one(weights, folder, Path(scratch), source, timeout, report) for weights in chosen]
+    with scratch_folder(folder) as scratch:
+        return [_fetch_one(weights, folder, scratch, source, timeout, report) for weights in chosen]
 
 
 def _fetch_one(

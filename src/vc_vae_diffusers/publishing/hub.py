@@ -18,7 +18,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from safetensors import safe_open
 
-from ..files import write_json, write_whole
+from ..files import scratch_folder, write_json, write_whole
 from .picture import PICTURE, draw_reconstruction
 from .remote_code import NEEDS, remote_code
 
@@ -384,7 +384,7 @@ def push_to_hub(
     """
     api = HfApi(endpoint=endpoint, token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder(tempfile.gettempdir()) as folder:
         save_for_hub(model, folder, content, repo_id, variant, max_shard_size, sample)
         commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message, create_pr=create_pr)
     return commit.commit_url

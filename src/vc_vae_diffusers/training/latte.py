@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler
 
 from ..autoencoder.autoencoder_kl_vcvae import AutoencoderKLVCVAE
+from ..autoencoder.checks import unknown_arguments
 from ..generation.diffusion_losses import DiffusionLoss, diffusion_schedule, learned_range_loss, min_snr_weight
 from ..generation.latte_transformer import LatteAdaLNTransformer3DModel, latte_size_config
 from ..generation.pipeline_latte import LatteVCVAEUnconditionalPipeline, normalize_latents
@@ -169,6 +171,9 @@ class LatteTrainer(Trainer):
         else:
             torch.manual_seed(self.config.run.seed)  # whatever was encoded before
             changes = json.loads(config.transformer_config)
+            known = set(inspect.signature(LatteAdaLNTransformer3DModel.__init__).parameters) - {"self"}
+            if unknown := unknown_arguments(changes, known):
+                raise ValueError(f"--transformer_config has {unknown}; check the spelling")
             model = LatteAdaLNTransformer3DModel(**{**latte_size_config(config.size), **geometry, **changes})
         if config.gradient_checkpointing:
             model.enable_gradient_checkpointing()

@@ -10,11 +10,12 @@ import os
 import sys
 from collections.abc import Sequence
 
-from ..names import told
+from ..names import memory_short, told
 
 # What a user can put right. Every process has the first ones; the others, some by name, may happen to one alone.
 _OF_ALL = (ValueError, ImportError)
-_OF_ONE = {"DataError", "CheckpointError", "NonFiniteError", "VideoWriteError", "OutOfMemoryError"}
+_OF_ONE = {"DataError", "CheckpointError", "NonFiniteError", "VideoWriteError"}
+_DEAD_WORKER = "DataLoader worker"  # how PyTorch begins what it says of one
 
 
 def main(name: str, argv: Sequence[str]) -> None:
@@ -32,7 +33,7 @@ def run(name: str, argv: Sequence[str]) -> int:
         return 130
     except Exception as error:
         of_all = isinstance(error, _OF_ALL)
-        if not of_all and not isinstance(error, OSError) and type(error).__name__ not in _OF_ONE:
+        if not of_all and not _may_happen_to_one(error):
             raise
         if rank == "0" or not of_all:
             print(f"Error{'' if rank == '0' else f' on process {rank}'}: {_message(error)}", file=sys.stderr)
@@ -40,7 +41,16 @@ def run(name: str, argv: Sequence[str]) -> int:
     return 0
 
 
+def _may_happen_to_one(error: Exception) -> bool:
+    known = isinstance(error, OSError) or type(error).__name__ in _OF_ONE
+    return known or memory_short(error) is not None or str(error).startswith(_DEAD_WORKER)
+
+
 def _message(error: Exception) -> str:
-    if type(error).__name__ == "OutOfMemoryError":
-        return f"{str(error).splitlines()[0]} Make micro-batches smaller, or use --gradient_checkpointing true."
+    if short := memory_short(error):
+        return f"{short}. Make micro-batches smaller, or use --gradient_checkpointing true."
+    if str(error).startswith(_DEAD_WORKER):
+        return (
+            f"{str(error).splitlines()[0].rstrip('. ')}. If memory ran out, use fewer --num_workers; the same call goes on."
+        )
     return told(error)
