@@ -50,6 +50,7 @@ soak: $(VENV)/.installed ## hostile files, kills, full disks, random models, lon
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/kills.py --kills 30 --seconds $$((60 * $(MINUTES))) --long
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/disk.py --seconds $$((60 * $(MINUTES)))
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/numerics.py --seconds $$((60 * $(MINUTES)))
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/mutants.py --seconds $$((60 * $(MINUTES)))
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/streams.py --seconds $$((60 * $(MINUTES)))
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/long_video.py --frames $$((4000 * $(MINUTES)))
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/app_load.py --requests $$((100 * $(MINUTES)))
