@@ -172,11 +172,27 @@ def test_gpu_estimate(tmp_path, capsys):
     assert "790 TFLOP/s" in shown
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: gradients are counted")
-def test_gradients_are_counted_where_there_is_a_gpu(capsys):
-    with pytest.raises(SystemExit):
-        load("gpu_estimate").main(["--models", "vcvae-tiny", "--operation", "train"])
-    assert "only where it finds a GPU" in capsys.readouterr().err
+def test_training_steps_are_counted_without_a_gpu(tmp_path, capsys):
+    arguments = (
+        "--models",
+        "vcvae-tiny",
+        "wan-tiny",
+        "--size",
+        32,
+        "--frames",
+        4,
+        "--operation",
+        "train",
+        "train-checkpointed",
+    )
+    rows = {(row["model"], row["operation"]): row for row in results("gpu_estimate", tmp_path, *arguments)["rows"]}
+    assert set(rows) == {("vcvae-tiny", "train"), ("vcvae-tiny", "train-checkpointed"), ("wan-tiny", "train")}
+    assert "wan-tiny supports no gradient checkpointing" in capsys.readouterr().err
+    whole, checkpointed = rows["vcvae-tiny", "train"], rows["vcvae-tiny", "train-checkpointed"]
+    assert checkpointed["flops"] > 1.2 * whole["flops"]
+    assert checkpointed["peak_live_bytes"] < whole["peak_live_bytes"]
+    assert whole["kinds"]["optimizer"]["launches"] > 0
+    assert whole["transfers_and_waits"] == {}
 
 
 def test_what_a_convolution_takes_on_a_gpu():
