@@ -150,6 +150,19 @@ def test_the_cache_is_a_small_copy(layer_class):
         (TemporalInteractionTDC, 1, {"kernel_size": 3}),
     ],
 )
+@pytest.mark.parametrize("layer_class", [GroupCausalTDC, CausalTDC])
+def test_a_new_layer_of_differences_is_the_anchor_drawn_as_a_2d_convolution(layer_class):
+    torch.manual_seed(0)
+    layer = layer_class(32, 32)
+    anchor = layer.weight[:, :, layer.anchor]
+    bound = (32 * 3 * 3) ** -0.5  # of nn.Conv2d: uniform within one over the root of a kernel's numbers
+    assert 0.999 * bound < anchor.abs().max() <= bound
+    assert anchor.std().item() == pytest.approx(bound / 3**0.5, rel=0.02)
+    others = [slices for k, slices in enumerate(layer.weight.unbind(2)) if k != layer.anchor]
+    assert len(others) == 2
+    assert all(not slices.any() for slices in others)
+
+
 @pytest.mark.parametrize("frames", [1, 4, 8])
 def test_a_static_clip_equals_the_2d_convolution_of_the_anchor_slice(layer_class, anchor, settings, frames):
     layer, frame = build(layer_class, **settings), clip(1)
