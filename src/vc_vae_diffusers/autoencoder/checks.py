@@ -198,40 +198,6 @@ def check_weights(model: nn.Module, info: Mapping[str, Any], source: Any) -> Non
         )
 
 
-def check_saving(model: nn.Module, names: Iterable[str] | None) -> None:
-    """Refuse to save a model from which nobody could load it again.
-
-    Args:
-        model: about to be saved.
-        names: of the weights that its configuration has; None for a model that diffusers quantised.
-
-    Raises:
-        ValueError: naming the weights.
-    """
-    state, on_disk = model.state_dict(keep_vars=True), _on_disk(model)
-    if names is not None and (others := sorted(set(names) ^ set(state))):
-        raise ValueError(
-            f"the model has other layers than its configuration ({_some(others)}) and could not be loaded: save it before "
-            "they are put there, or with the library that did (for LoRA, call merge_and_unload first)"
-        )
-    plain = (torch.Tensor, nn.Parameter)
-    if away := [
-        n for n, p in state.items() if p.is_meta or id(p) in on_disk or (names is not None and type(p) not in plain)
-    ]:
-        raise ValueError(
-            f"{len(away)} weights are no tensors with values ({_some(away)}): save the model before it is offloaded, "
-            "sharded or quantised"
-        )
-
-
-def _on_disk(model: nn.Module) -> set[int]:
-    """The parameters, by `id`, that diffusers' group offloading to disk leaves without values between calls."""
-    hooks = [h for m in model.modules() for h in getattr(getattr(m, "_diffusers_hook", None), "hooks", {}).values()]
-    groups = [hook.group for hook in hooks if getattr(getattr(hook, "group", None), "offload_to_disk_path", None)]
-    held = [p for group in groups for p in (*group.parameters, *(p for m in group.modules for p in m.parameters()))]
-    return {id(parameter) for parameter in held}
-
-
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 

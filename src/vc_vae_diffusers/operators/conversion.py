@@ -176,7 +176,8 @@ def apply_tdc(module: nn.Module, causality: str = "causal") -> list[str]:
     Plain operators of this package are replaced by their TDC twins. Any other `nn.Conv3d` with two or more temporal taps
     keeps its class and gets a `TDCParametrization`: the trained parameter is then `parametrizations.weight.original`, the
     slices. Optimizers must be created afterwards. What is saved stays a plain kernel under its own name, and loads into the
-    model as it was; after loading, call this again to go on.
+    model as it was; after loading, call this again to go on. accelerate's offloading asks for parameters by their saved
+    names: call `remove_tdc` before it.
 
     A model whose configuration has a `temporal_operator` (`AutoencoderKLVCVAE`) has it changed with its weights: give the
     whole model then, and not a part.
