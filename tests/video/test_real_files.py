@@ -210,7 +210,7 @@ def test_deep_tiff_that_pillow_reads_wrongly(tmp_path):
     expected = torch.from_numpy(((65535 - codes.astype(np.float32)) / 257).round())
     assert (read(tmp_path / "a.tif")[0][:, 0].float() - expected).abs().max() <= 1
     tifffile.imwrite(tmp_path / "b.tif", np.stack([codes] * 3), photometric="rgb", planarconfig="separate")
-    with pytest.raises(VideoReadError, match="deep channels one after the other.*Convert it"):
+    with pytest.raises(VideoReadError, match=r"deep channels one after the other.*Convert it"):
         probe(tmp_path / "b.tif")
 
 

@@ -38,7 +38,7 @@ _EXIF_ORIENTATIONS = {
     8: (90, False),
 }
 # TIFF's tags, and what Pillow reads wrongly above 8 bits: grey where 0 is white, and channels one after the other.
-_PHOTOMETRIC, _PLANES = 262, 284
+_BITS, _PHOTOMETRIC, _PLANES = 258, 262, 284
 _ZERO_IS_WHITE, _SEPARATE = 0, 2
 _HEIF_SUFFIXES = frozenset({".heic", ".heif"})
 
@@ -68,7 +68,7 @@ def read_image(path: Path, limits: ReadLimits) -> torch.Tensor:
             raise VideoReadError(path, f"is an animation of {frames} frames", "Convert it to a video.")
         orientation = _EXIF_ORIENTATIONS.get(image.getexif().get(_EXIF_ORIENTATION_TAG, 1), (0, False))
         tags = getattr(image, "tag_v2", {})
-        if deep_colour and tags.get(_PLANES) == _SEPARATE:
+        if max(tags.get(_BITS, (8,))) > 8 and tags.get(_PLANES) == _SEPARATE:
             raise VideoReadError(
                 path, "holds deep channels one after the other", "Convert it to interleaved ones or 8 bits."
             )
