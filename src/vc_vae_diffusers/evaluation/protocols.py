@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..extras import install_hint
+from ..files import read_text
 
 FRAME_METRICS = ("psnr", "ssim", "lpips_alex", "lpips_vgg")
 STEP_METRICS = ("flicker", "temporal_difference_psnr")
@@ -167,7 +168,10 @@ def load_protocol(name: str, overrides: Mapping[str, Any] | None = None) -> Prot
     except ImportError as error:
         raise ImportError(f"protocols need PyYAML: {install_hint('eval')}") from error
     if name.endswith((".yaml", ".yml")):
-        text = _read_text(Path(name))
+        try:
+            text = read_text(Path(name))
+        except ValueError as error:
+            raise ValueError(f"protocol: {error}; pass a .yaml file") from error
     elif name in protocol_names():
         text = (resources.files(__package__) / "protocols" / f"{name}.yaml").read_text(encoding="utf-8")
     else:
@@ -190,13 +194,6 @@ def load_protocol(name: str, overrides: Mapping[str, Any] | None = None) -> Prot
         return preset
     changed = dataclasses.replace(preset, **overrides)
     return preset if changed == preset else dataclasses.replace(changed, name=f"{preset.name} (changed)")
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"protocol {str(path)!r} is no text ({error}); pass a .yaml file") from error
 
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

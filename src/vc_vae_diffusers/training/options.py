@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from transformers import HfArgumentParser
 
 from ..extras import install_hint
+from ..files import read_text
 
 Tracker = Literal["tensorboard", "trackio", "wandb", "none"]
 # Those of diffusers that need nothing but the numbers of steps.
@@ -189,8 +190,8 @@ def _meant(name: str, known: Iterable[str]) -> str:
 def _read_yaml(file: Path) -> dict[Any, Any]:
     yaml = load_yaml()
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = yaml.safe_load(read_text(file)) or {}
+    except yaml.YAMLError as error:
         raise ValueError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{file} holds a {type(values).__name__}; write one option a line, as steps: 1000")
