@@ -20,6 +20,17 @@ from vc_vae_diffusers.training.checkpoints import save_checkpoint, save_model
 from vc_vae_diffusers.training.latent_cache import claim_folder
 
 
+def test_files_that_are_no_text_or_no_json_are_named(tmp_path):
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(b"\x00\x9d\xff")
+    for read in (files.read_text, files.read_json):
+        with pytest.raises(ValueError, match=r"clip.mp4 is no text$"):
+            read(path)
+    path.write_text("{", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"clip.mp4 is no JSON \(Expecting"):
+        files.read_json(path)
+
+
 def mode(path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 

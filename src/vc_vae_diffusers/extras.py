@@ -27,11 +27,11 @@ def load_yaml(extra: str) -> ModuleType:
     return yaml
 
 
-def parse_yaml(content: bytes, name: str, extra: str) -> Any:
+def parse_yaml(text: str, name: str, extra: str) -> Any:
     """What a YAML file holds.
 
     Args:
-        content: of the file.
+        text: of the file.
         name: of the file, for errors.
         extra: that installs PyYAML.
 
@@ -41,8 +41,6 @@ def parse_yaml(content: bytes, name: str, extra: str) -> Any:
     """
     yaml = load_yaml(extra)
     try:
-        return yaml.safe_load(content.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is no text ({error}); pass a .yaml file") from error
+        return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"{name} is no YAML: {' '.join(str(error).split())}; correct it") from error

@@ -10,6 +10,9 @@ from accelerate import dispatch_model
 from diffusers import AutoencoderKL
 from diffusers.hooks import apply_group_offloading
 from safetensors.torch import load_file, save_file
+from torch.distributed import destroy_process_group, init_process_group
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from vc_vae_diffusers import apply_tdc, remove_tdc
 from vc_vae_diffusers.autoencoder.autoencoder_kl_vcvae import AutoencoderKLVCVAE
@@ -240,3 +243,70 @@ def test_one_latent_frame_of_weights_that_are_elsewhere(make_vae, tmp_path, else
     close(vae.decode_chunk(z)[0], expected)
     vae.enable_slicing()
     close(torch.cat(list(vae.decode_stream([z])), dim=2), expected)
+
+
+@pytest.mark.parametrize("elsewhere", [sequential, on_disk, group_to_disk])
+def test_weights_that_are_elsewhere_are_not_saved(make_vae, tmp_path, elsewhere):
+    vae = elsewhere(make_vae(), tmp_path)
+    with pytest.raises(ValueError, match=r"weights are no tensors with values \(.*conv_in.weight.*before it is offloaded"):
+        vae.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def cast(vae: AutoencoderKLVCVAE, folder: Path) -> AutoencoderKLVCVAE:
+    vae.enable_layerwise_casting(torch.bfloat16, torch.float32)
+    return vae
+
+
+def watched(vae: AutoencoderKLVCVAE, folder: Path) -> AutoencoderKLVCVAE:
+    vae.decoder.conv_out.register_forward_hook(lambda *args: None)
+    return vae
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("wrap", "message"),
+    [
+        (sequential, "is offloaded: convert first"),
+        (on_disk, "the weight of decoder.* is offloaded: convert first"),
+        (group_to_disk, r"encoder.conv_in has hooks of diffusers \(group_offloading\).*convert first"),
+        (cast, r"encoder.conv_in has hooks of diffusers \(layerwise_casting\).*convert first"),
+        (watched, "decoder.conv_out has hooks.*convert first"),
+    ],
+)
+def test_wrapped_models_are_not_converted(make_vae, make_video, tmp_path, wrap, message):
+    """The layers in the place of those that hooks know would compute with no weights, or with those of another dtype."""
+    vae, video = wrap(make_vae(), tmp_path), make_video(5)
+    expected = vae(video).sample
+    with pytest.raises(ValueError, match=message):
+        remove_tdc(vae)
+    assert vae.config.temporal_operator == "tdc"
+    assert torch.equal(vae(video).sample, expected)
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    """One process, over which FSDP shards nothing away."""
+    init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    destroy_process_group()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("first", ["fuse", "shard"])
+def test_a_sharded_model_computes_and_says_what_it_cannot(make_vae, make_video, tmp_path, mesh, first, caplog):
+    vae, video = make_vae(), make_video(5)
+    expected = vae(video).sample
+    if first == "fuse":
+        vae.fuse_tdc()
+    fully_shard(vae.encoder, mesh=mesh)
+    fully_shard(vae.decoder, mesh=mesh)
+    vae.fuse_tdc()
+    assert "folds no kernels of" in caplog.text
+    close(vae(video).sample, expected)
+    with pytest.raises(ValueError, match="the weights of encoder are sharded: convert first"):
+        remove_tdc(vae)
+    vae.encoder.reshard()
+    vae.decoder.reshard()
+    with pytest.raises(ValueError, match="no tensors with values"):
+        vae.save_pretrained(tmp_path / "saved")

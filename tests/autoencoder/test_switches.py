@@ -183,7 +183,7 @@ def test_tile_sizes_are_attributes_as_in_diffusers(make_vae):
         vae.tile_overlap_factor = 0.25
 
 
-@pytest.mark.parametrize("groups", [0, -1, 1.5, None])
+@pytest.mark.parametrize("groups", [0, -1, 1.5, None, True])
 def test_groups_per_chunk_must_be_a_number_of_groups(make_vae, groups):
     vae = make_vae()
     with pytest.raises(ValueError, match=f"groups_per_chunk is {groups}, it must be an integer of at least 1"):

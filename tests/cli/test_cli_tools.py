@@ -1,6 +1,7 @@
 """The smaller commands, through the real command line."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -121,6 +122,31 @@ def test_wrong_calls_are_one_line_with_a_remedy(model, videos, tmp_path):
     wrong = runner.invoke(app, ["plan", "--height", "64", "--width", "64", "--memory", "lots", "--model", str(model)])
     assert wrong.exit_code == 1
     assert "lots" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("reconstruct", "IN... OUT"),
+        ("encode", "IN... OUT"),
+        ("decode", "IN... OUT"),
+        ("report", "RESULT..."),
+        ("info", "[MODEL]"),
+        ("fetch-weights", "[lpips|i3d]..."),
+    ],
+)
+def test_usage_lines_name_each_argument_once(command, arguments):
+    printed = runner.invoke(app, [command, "--help"], env={"COLUMNS": "200"}).stdout
+    usage = next(line for line in printed.splitlines() if "Usage:" in line)
+    assert re.sub(r"[{}]", "", usage).split("[OPTIONS] ")[1].strip() == arguments
+
+
+def test_what_is_no_result_file_is_told_in_words(tmp_path):
+    clip = tmp_path / "clip.mp4"
+    clip.write_bytes(b"\x00\x9d\xff")
+    wrong = runner.invoke(app, ["report", str(clip), "--out", str(tmp_path / "report")])
+    assert wrong.exit_code == 1
+    assert wrong.stderr.strip().endswith("clip.mp4 is no text; give a result file, which `vcvae evaluate` writes")
 
 
 def test_every_command_is_registered():

@@ -2,6 +2,7 @@
 
 import math
 
+import accelerate
 import pytest
 import torch
 import torch.nn.functional as F
@@ -305,3 +306,11 @@ def test_wrong_inputs_are_refused_with_a_remedy():
 
 def test_blocks_are_what_devices_split_by():
     assert LatteAdaLNTransformer3DModel._no_split_modules == [LatteBlock.__name__]
+
+
+def test_a_transformer_without_its_weights_is_not_saved(tmp_path):
+    model = randomised()
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"weights are no tensors with values .*before it is offloaded"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()

@@ -17,7 +17,7 @@ from tiny_models import seeded, tiny_latte, tiny_vae
 from vc_vae_diffusers.autoencoder.autoencoder_kl_vcvae import AutoencoderKLVCVAE
 from vc_vae_diffusers.generation.latte_transformer import LatteAdaLNTransformer3DModel
 from vc_vae_diffusers.generation.pipeline_latte import LatteVCVAEPipeline, LatteVCVAEUnconditionalPipeline
-from vc_vae_diffusers.publishing import hub
+from vc_vae_diffusers.publishing import hub, picture
 from vc_vae_diffusers.publishing.auto import MODELS, AutoVCVAEModel
 from vc_vae_diffusers.publishing.hub import (
     CardContent,
@@ -333,3 +333,15 @@ def test_push_uploads_weights_stubs_and_our_card(tmp_path):
         (tmp_path / path).write_bytes(content)
     loaded = LatteVCVAEUnconditionalPipeline.from_pretrained(tmp_path, trust_remote_code=True)
     assert torch.equal(loaded.transformer.blocks[0].mlp.fc1.weight, tiny_latte().blocks[0].mlp.fc1.weight)
+
+
+def test_a_card_is_drawn_in_float32_where_bfloat16_is_emulated(monkeypatch, tmp_path):
+    dtypes = []
+    vae = tiny_vae().to(torch.bfloat16)
+    vae.decoder.register_forward_pre_hook(lambda module, args: dtypes.append(args[0].dtype))
+    for able, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(picture, "has_bfloat16", lambda device, able=able: able)
+        picture.draw_reconstruction(vae, tmp_path)
+        assert set(dtypes) == {dtype}
+        dtypes.clear()
+    assert vae.dtype == torch.bfloat16

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKLWan
 from PIL import Image
 from video_files import encode, numbered_frames
 
@@ -72,6 +73,16 @@ def test_statistics_equal_the_exact_ones(make_vae, files, posterior):
     assert abs(statistics.shift_factor - means.mean().item()) < 1e-12
     assert abs(statistics.scaling_factor - 1 / everything.sqrt().item()) < 1e-10
     assert (statistics.elements, statistics.clips) == (means.shape[1], 6)
+
+
+def test_a_clip_is_filled_up_with_its_last_frame(files):
+    """Six frames, where Wan's scheme is 1 + 4k."""
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, attn_scales=[]).eval()
+    clips = [read_clip(path, num_frames=6, resize=32, crop=32) for path in files]
+    means, _ = exact(vae, [torch.cat([clip, *[clip[:, -1:]] * 3], dim=1) for clip in clips])
+    measured = measure_latents(vae, files, num_frames=6, size=32)
+    torch.testing.assert_close(torch.tensor(measured.latents_mean).double(), means.mean(dim=1), rtol=0, atol=1e-5)
 
 
 def test_statistics_go_to_the_configuration_and_come_back(make_vae, files, tmp_path):

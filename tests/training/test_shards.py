@@ -101,6 +101,9 @@ def test_every_shard_is_shuffled_by_itself(collection):
     assert all(sorted(order) == list("01234") for order in orders)  # shard by shard
     assert len({tuple(order) for order in orders[:8]}) > 4
     assert len({tuple(order) for order in orders}) > 8
+    shards_read = [names[first][0] for first in range(0, 80, 5)]
+    assert len(set(shards_read[:8])) == len(set(shards_read[8:])) == 8
+    assert shards_read[:8] != shards_read[8:]
 
 
 def test_clips_and_buckets_are_those_of_the_plan(collection):

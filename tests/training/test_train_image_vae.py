@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -73,6 +74,23 @@ def test_it_learns(train):
     quality = [row["validation_psnr"] for row in rows if "validation_psnr" in row]
     assert len(quality) == 20
     assert quality[-1] > quality[0] + 1
+
+
+def test_the_loss_is_l1_of_a_sample_and_the_kl_divergence():
+    argv = ["--data", ".", "--clips", "x", "--output", "y", *SMALL, "--kl_weight", "0.3"]
+    config = image_vae.Config.parse(argv)
+    torch.manual_seed(0)
+    model = image_vae.ImageVAE(config.model)
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    trainer = SimpleNamespace(config=config)
+    torch.manual_seed(1)
+    terms = image_vae.ImageVAETrainer.terms(trainer, model, images)
+    mean, logvar = model.vae.encode(images).latent_dist.parameters.chunk(2, dim=1)
+    torch.manual_seed(1)
+    sample = model.vae.decode(mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape)).sample
+    l1, kl = (sample - images).abs().mean(), (mean.square() + logvar.exp() - 1 - logvar).mean() / 2
+    torch.testing.assert_close(terms["loss"], l1 + 0.3 * kl)
+    torch.testing.assert_close((terms["l1"], terms["kl"]), (l1, kl))
 
 
 def test_a_step_has_its_own_batch_and_so_has_a_process():

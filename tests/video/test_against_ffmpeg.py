@@ -80,6 +80,7 @@ FILES = {
     "cut_end.mp4": Made("-c copy -t 0.9", source="h264.mp4", lossy=True),
     "cut_hevc.mp4": Made("-c copy", source="hevc_open.mp4", before="-ss 0.7", lossy=True),
     "cut_hevc.mkv": Made("-c copy", source="hevc_open.mp4", before="-ss 0.7", lossy=True),
+    "before_zero.mkv": Made(f"{H264} -output_ts_offset -0.5 -avoid_negative_ts disabled"),
     "remuxed.mkv": Made("-c copy", source="h264.ts"),
     "remuxed.mp4": Made("-c copy", source="h264.mkv"),
     # other codecs
@@ -110,6 +111,7 @@ FILES = {
     "prores.mov": Made("-c:v prores_ks"),
     "raw.y4m": Made("-pix_fmt yuv420p"),
     "raw.avi": Made("-c:v rawvideo -pix_fmt bgr24"),
+    "palette.avi": Made("-c:v rawvideo -pix_fmt pal8"),
     "huffyuv.avi": Made("-c:v huffyuv -pix_fmt yuv422p"),
     "png.mov": Made("-c:v png -pix_fmt rgb24"),
     "qtrle.mov": Made("-c:v qtrle -pix_fmt rgb24"),

@@ -203,6 +203,17 @@ def test_tiff_as_pillow_reads_it(tmp_path):
         probe(tmp_path / "f.tif")
 
 
+def test_deep_tiff_that_pillow_reads_wrongly(tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    codes = np.random.default_rng(0).integers(0, 65536, (8, 12)).astype(np.uint16)
+    tifffile.imwrite(tmp_path / "a.tif", codes, photometric="miniswhite")
+    expected = torch.from_numpy(((65535 - codes.astype(np.float32)) / 257).round())
+    assert (read(tmp_path / "a.tif")[0][:, 0].float() - expected).abs().max() <= 1
+    tifffile.imwrite(tmp_path / "b.tif", np.stack([codes] * 3), photometric="rgb", planarconfig="separate")
+    with pytest.raises(VideoReadError, match=r"deep channels one after the other.*Convert it"):
+        probe(tmp_path / "b.tif")
+
+
 def test_sixteen_bit_colour_keeps_its_precision(tmp_path):
     codes = np.random.default_rng(0).integers(0, 65536, (8, 12, 3)).astype(np.uint16)
     for name, codec, pix_fmt in (("a.png", "png", "rgb48be"), ("a.tif", "tiff", "rgb48le"), ("a.ppm", "ppm", "rgb48be")):

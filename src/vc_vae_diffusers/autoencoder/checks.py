@@ -203,6 +203,8 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _is_finite(parameter: torch.Tensor) -> bool:
+    if type(parameter) not in (torch.Tensor, nn.Parameter):  # of a library that quantises
+        parameter = parameter.dequantize()
     if parameter.itemsize == 1:  # float8 knows no sum
         parameter = parameter.float()
     # A sum tells, without a tensor of flags; in float32, which sums of half precision do not exceed.

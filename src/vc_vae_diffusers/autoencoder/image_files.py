@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from safetensors import SafetensorError, safe_open
+
+from ..files import read_json
 
 HUB_OPTIONS = ("token", "revision", "variant", "cache_dir", "local_files_only", "use_safetensors")
 WEIGHTS_NAME = "diffusion_pytorch_model"
@@ -115,7 +116,7 @@ class Source:
         index = self.fetch(_join(folder, f"{WEIGHTS_NAME}{suffix}.index{dotted}.json"))
         if index is None:
             return []
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        shards = sorted(set(read_json(index)["weight_map"].values()))
         found = {shard: self.fetch(_join(folder, shard)) for shard in shards}
         if missing := [shard for shard, path in found.items() if path is None]:
             raise OSError(f"{self.name} lacks {', '.join(missing)}, which {index.name} names: fetch it again")
@@ -143,7 +144,7 @@ def locate(source: str, subfolder: str | None, hub_options: dict) -> tuple[Path 
     folders = (subfolder,) if subfolder is not None else ("", "vae")
     for folder in folders:
         config_file = place.fetch(_join(folder, "config.json"))
-        if config_file is None or "block_out_channels" not in json.loads(config_file.read_text()):
+        if config_file is None or "block_out_channels" not in read_json(config_file):
             continue
         if weights_files := place.weights(folder, variant, suffix):
             return config_file, weights_files

@@ -6,7 +6,6 @@ a fresh video VAE select and broadcast keyframes.
 """
 
 import inspect
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from diffusers import AutoencoderKL
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from torch import nn
 
+from ..files import read_json
 from ..operators.tdc import TemporalConv3d
 from .image_files import HUB_OPTIONS, WeightFile, load_weights, locate
 
@@ -149,7 +149,7 @@ def read_image_vae(source: str | Path, subfolder: str | None = None, **hub_optio
 
 def _read_config(config_file: Path) -> dict:
     """The configuration of an `AutoencoderKL`, without diffusers' own notes in it."""
-    config = json.loads(config_file.read_text())
+    config = read_json(config_file)
     if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
         raise ValueError(
             f"{config_file} is of a {config['_class_name']}, only an AutoencoderKL can be inflated: pass the "

@@ -94,7 +94,7 @@ class PassesMixin(nn.Module):
 
     @groups_per_chunk.setter
     def groups_per_chunk(self, groups: int) -> None:
-        if not isinstance(groups, int) or groups < 1:
+        if not isinstance(groups, int) or isinstance(groups, bool) or groups < 1:
             raise ValueError(
                 f"groups_per_chunk is {groups!r}, it must be an integer of at least 1: pass 1 for the least memory"
             )

@@ -31,9 +31,7 @@ from .printing import files_table, frame_progress
 def decode(
     sources: Annotated[
         list[Path],
-        typer.Argument(
-            metavar="IN...", help="Latents that `vcvae encode` wrote: .safetensors, a folder of them, or a shard."
-        ),
+        typer.Argument(metavar="IN", help="Latents that `vcvae encode` wrote: .safetensors, a folder of them, or a shard."),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Video, or an image for one frame; a folder for several.")],
     model: Annotated[

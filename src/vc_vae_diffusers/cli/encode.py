@@ -38,7 +38,7 @@ def encode(
     sources: Annotated[
         list[Path],
         typer.Argument(
-            metavar="IN...", help="Video, image, folder of images or pattern; several videos; with --shards a collection."
+            metavar="IN", help="Video, image, folder of images or pattern; several videos; with --shards a collection."
         ),
     ],
     out: Annotated[

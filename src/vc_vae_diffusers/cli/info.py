@@ -20,7 +20,7 @@ _BYTES = {"float32": 4, "bfloat16": 2}
 
 def info(
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="Folder or hub id; by default the bundled one.")
+        str | None, typer.Argument(metavar="MODEL", help="Folder or hub id; by default the bundled one.")
     ] = None,
     subfolder: SubfolderOption = None,
     as_json: JsonOption = False,

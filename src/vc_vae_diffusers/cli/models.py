@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vc_vae_diffusers import bundled_model_path
 
+from ..files import read_json
 from ..names import check_model_name
 from .options import check_place, choose_device, choose_dtype, parse_tile
 
@@ -57,9 +57,9 @@ def read_config(folder: Path) -> dict:
         )
         raise ValueError(f"--model: {folder} has no config.json, so it is no model folder; {hint}.")
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "config.json")
     except ValueError as error:
-        raise ValueError(f"--model: {folder / 'config.json'} is not valid JSON ({error}); download it again.") from error
+        raise ValueError(f"--model: {error}; download it again.") from error
     found = config.get("_class_name") if isinstance(config, dict) else type(config).__name__
     if found != CLASS_NAME:
         raise ValueError(

@@ -35,7 +35,7 @@ from .printing import files_table, frame_progress
 
 def reconstruct(
     sources: Annotated[
-        list[Path], typer.Argument(metavar="IN...", help="Video, image, folder of images or pattern; or several videos.")
+        list[Path], typer.Argument(metavar="IN", help="Video, image, folder of images or pattern; or several videos.")
     ],
     out: Annotated[
         Path,

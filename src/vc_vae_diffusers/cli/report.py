@@ -15,7 +15,9 @@ from .printing import emit
 
 
 def report(
-    results: Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, help="Result files of `vcvae evaluate`.")],
+    results: Annotated[
+        list[Path], typer.Argument(metavar="RESULT", exists=True, dir_okay=False, help="Result files of `vcvae evaluate`.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for index.html, tables (.md, .tex, .csv) and figures (.png).")] = Path(
         "report"
     ),

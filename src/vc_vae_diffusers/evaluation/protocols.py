@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..extras import parse_yaml
+from ..files import read_text
 
 FRAME_METRICS = ("psnr", "ssim", "lpips_alex", "lpips_vgg")
 STEP_METRICS = ("flicker", "temporal_difference_psnr")
@@ -163,14 +164,17 @@ def load_protocol(name: str, overrides: Mapping[str, Any] | None = None) -> Prot
         ImportError: if PyYAML is missing.
     """
     if name.endswith((".yaml", ".yml")):
-        content = Path(name).read_bytes()
+        try:
+            text = read_text(Path(name))
+        except ValueError as error:
+            raise ValueError(f"protocol: {error}; pass a .yaml file") from error
     elif name in protocol_names():
-        content = (resources.files(__package__) / "protocols" / f"{name}.yaml").read_bytes()
+        text = (resources.files(__package__) / "protocols" / f"{name}.yaml").read_text(encoding="utf-8")
     else:
         raise ValueError(
             f"protocol is {name!r}, but it must be a .yaml file or one of {', '.join(protocol_names())}; choose one"
         )
-    fields = parse_yaml(content, f"protocol {name!r}", "eval")
+    fields = parse_yaml(text, f"protocol {name!r}", "eval")
     if not isinstance(fields, dict):
         raise ValueError(f"protocol {name!r} holds {type(fields).__name__}, but it must be a mapping of fields")
     known = {field.name for field in dataclasses.fields(Protocol)}

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -13,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..files import write_json
+from ..files import read_json, write_json
 
 SCHEMA = "vc_vae_diffusers.evaluation/1"
 PACKAGES = (
@@ -59,9 +58,9 @@ def read_result(path: str | os.PathLike) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # neither text nor JSON
-        raise ValueError(f"{path} is no result file ({error}); give one that `vcvae evaluate` wrote") from error
+        result = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; give a result file, which `vcvae evaluate` writes") from error
     if not isinstance(result, dict) or result.get("schema") != SCHEMA:
         found = result.get("schema") if isinstance(result, dict) else type(result).__name__
         raise ValueError(f"{path} has the schema {found!r}, but {SCHEMA!r} is read here; evaluate again")

@@ -176,7 +176,8 @@ def apply_tdc(module: nn.Module, causality: str = "causal") -> list[str]:
     Plain operators of this package are replaced by their TDC twins. Any other `nn.Conv3d` with two or more temporal taps
     keeps its class and gets a `TDCParametrization`: the trained parameter is then `parametrizations.weight.original`, the
     slices. Optimizers must be created afterwards. What is saved stays a plain kernel under its own name, and loads into the
-    model as it was; after loading, call this again to go on.
+    model as it was; after loading, call this again to go on. accelerate's offloading asks for parameters by their saved
+    names: call `remove_tdc` before it.
 
     A model whose configuration has a `temporal_operator` (`AutoencoderKLVCVAE`) has it changed with its weights: give the
     whole model then, and not a part.
@@ -189,8 +190,8 @@ def apply_tdc(module: nn.Module, causality: str = "causal") -> list[str]:
         The names of the converted layers.
 
     Raises:
-        ValueError: for an unknown `causality`, for half precision, for weights that something else parametrizes, or if there
-            is nothing to convert. The model is then as it was.
+        ValueError: for an unknown `causality`, for half precision, for weights that something else parametrizes, offloads,
+            shards or casts, or if there is nothing to convert. The model is then as it was.
     """
     if causality not in ("causal", "group"):
         raise ValueError(f"causality is {causality!r}: pass 'causal' or 'group'")
@@ -233,7 +234,7 @@ def remove_tdc(module: nn.Module) -> list[str]:
         The names of the converted layers.
 
     Raises:
-        ValueError: if `module` is itself an operator. The model is then as it was.
+        ValueError: if `module` is itself an operator, or weights are offloaded, sharded or cast. The model is as it was.
     """
 
     def plan(name: str, layer: Any) -> _Change | None:
@@ -270,6 +271,7 @@ def _convert(module: nn.Module, plan: Callable[[str, nn.Module], _Change | None]
     changes = {layer: change for layer, name in names.items() if (change := plan(name, layer)) is not None}
     if module in changes and isinstance(module, TemporalConv3d):
         raise ValueError("module is itself a temporal operator: use `to_tdc` or `to_conv`, which return a new layer")
+    _check_wrappers(module, {layer: names[layer] for layer in changes})
     made: dict[nn.Module, nn.Module] = {}
     try:
         for layer, change in changes.items():
@@ -284,6 +286,28 @@ def _convert(module: nn.Module, plan: Callable[[str, nn.Module], _Change | None]
             parent, _, child = name.rpartition(".")
             setattr(module.get_submodule(parent), child, layer)
     return [name for name, _ in converted]
+
+
+def _check_wrappers(module: nn.Module, layers: dict[nn.Module, str]) -> None:
+    """Refuse a model whose weights something else moves, shards or casts, for it knows the layers as they are now.
+
+    Args:
+        module: the model.
+        layers: those to be changed, and their names.
+    """
+    for name, part in module.named_modules():
+        if hooks := getattr(getattr(part, "_diffusers_hook", None), "hooks", None):
+            raise ValueError(
+                f"{name or 'module'} has hooks of diffusers ({', '.join(hooks)}), which know its layers as they are: "
+                "convert first, then call enable_group_offload or enable_layerwise_casting"
+            )
+        if hasattr(part, "reshard"):  # of FSDP, whether its weights are gathered now or not
+            raise ValueError(f"the weights of {name or 'module'} are sharded: convert first, then shard")
+    for layer, name in layers.items():
+        if any(p.is_meta for p in layer.parameters()) and hasattr(layer, "_hf_hook"):
+            raise ValueError(f"the weight of {name} is offloaded: convert first, then offload")
+        if isinstance(layer, TemporalConv3d) and (layer._forward_hooks or layer._forward_pre_hooks):
+            raise ValueError(f"{name} has hooks, which the layer in its place would lack: convert first, then register them")
 
 
 def _configure(module: nn.Module, operator: str) -> None:

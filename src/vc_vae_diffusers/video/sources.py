@@ -62,6 +62,7 @@ class FileSource:
         with Decoding(path, threads=1, limits=limits) as decoding:
             frame = next(decoding.frames())
             self.info = _file_info(decoding, frame)
+            self._seekable = decoding.seekable
             self.origin, self.time_base = frame.pts, decoding.stream.time_base
             end = decoding.stated_end
             self._end = None if end is None else end - self.origin * self.time_base
@@ -143,7 +144,7 @@ class FileSource:
     def _seek(self, target: Fraction | int) -> Iterator[av.VideoFrame]:
         """Frames from some keyframe at or before `target`. Keyframes that turn out to lie later (reordering, open groups,
         gradual refresh) are answered by seeking further back, at last by decoding from the start."""
-        for seconds_back in (0, 1, 4, 16, None):
+        for seconds_back in (0, 1, 4, 16, None) if self._seekable else (None,):
             goal = None if seconds_back is None else int(target - seconds_back / self.time_base)
             if goal is not None and goal <= self.origin:
                 goal = None

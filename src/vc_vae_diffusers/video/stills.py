@@ -6,7 +6,7 @@ Only more than 8 bits a channel, which Pillow keeps for grey alone, are decoded 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,9 @@ _EXIF_ORIENTATIONS = {
     7: (270, True),
     8: (90, False),
 }
+# TIFF's tags, and what Pillow reads wrongly above 8 bits: grey where 0 is white, and channels one after the other.
+_BITS, _PHOTOMETRIC, _PLANES = 258, 262, 284
+_ZERO_IS_WHITE, _SEPARATE = 0, 2
 _HEIF_SUFFIXES = frozenset({".heic", ".heif"})
 
 
@@ -64,10 +67,15 @@ def read_image(path: Path, limits: ReadLimits) -> torch.Tensor:
         if (frames := getattr(image, "n_frames", 1)) > 1:
             raise VideoReadError(path, f"is an animation of {frames} frames", "Convert it to a video.")
         orientation = _EXIF_ORIENTATIONS.get(image.getexif().get(_EXIF_ORIENTATION_TAG, 1), (0, False))
+        tags = getattr(image, "tag_v2", {})
+        if max(tags.get(_BITS, (8,))) > 8 and tags.get(_PLANES) == _SEPARATE:
+            raise VideoReadError(
+                path, "holds deep channels one after the other", "Convert it to interleaved ones or 8 bits."
+            )
         deep = _decoded_by_ffmpeg(path) if deep_colour else None
         if deep is not None:
             return orient(deep, *orientation)
-        return _pillow_rgb(path, ImageOps.exif_transpose(image), image.format)
+        return _pillow_rgb(path, ImageOps.exif_transpose(image), image.format, tags)
 
 
 @contextmanager
@@ -98,13 +106,14 @@ def _register_heif(path: Path) -> None:
     pillow_heif.register_heif_opener()
 
 
-def _pillow_rgb(path: Path, image: Image.Image, file_format: str | None) -> torch.Tensor:
+def _pillow_rgb(path: Path, image: Image.Image, file_format: str | None, tags: Mapping[int, Any]) -> torch.Tensor:
     deep_grey = image.mode.startswith("I;16") or (image.mode == "I" and file_format in ("PNG", "PPM"))
     if image.mode in ("I", "F") and not deep_grey:
         kind = "floating-point numbers" if image.mode == "F" else "32-bit integers"
         raise VideoReadError(path, f"holds {kind}, of which none is named as white", "Convert it to 8 or 16 bits.")
     if deep_grey:
-        return torch.from_numpy(np.array(image).astype(np.float32) / 257).expand(3, -1, -1)
+        grey = torch.from_numpy(np.array(image).astype(np.float32) / 257).expand(3, -1, -1)
+        return 255 - grey if tags.get(_PHOTOMETRIC) == _ZERO_IS_WHITE else grey
     array = np.array(image.convert("RGBA" if image.has_transparency_data else "RGB"))
     return torch.from_numpy(array).movedim(-1, 0)
 

@@ -48,10 +48,12 @@ class KernelLayer(nn.Module):
         make the program wait; call `fuse` again there after a change through `.data` (`EMAModel.copy_to`, LoRA's merge).
 
         Returns:
-            Whether there is something to fuse: not for weights that are elsewhere (`meta`) or of a dtype for storage alone.
+            Whether there is something to fuse: not for weights that are elsewhere (`meta`, shards) or of a dtype for storage
+            alone.
         """
         self.unfuse()
-        if self.weight.device.type == "meta" or self.weight.dtype not in _COMPUTED_WITH:
+        sharded = hasattr(self.weight, "full_tensor")  # a `DTensor`, as FSDP makes it
+        if sharded or self.weight.is_meta or self.weight.dtype not in _COMPUTED_WITH:
             return False
         self.fused_for = (self.weight.device, self.weight.dtype)
         with torch.no_grad():

@@ -308,7 +308,7 @@ class Transposed(Way["FrameConv2d", tuple[torch.Tensor]]):
     always: bool = False
 
     def serves(self, layer: "FrameConv2d", x: torch.Tensor, past: torch.Tensor | None = None, group: int = 1) -> bool:
-        return self.always or x.device.type == "cuda"
+        return (self.always or x.device.type == "cuda") and layer.kernel_size == (3, 3)
 
     def kernels(self, layer: "FrameConv2d") -> tuple[torch.Tensor]:
         kernel = layer.weight.to(torch.promote_types(layer.weight.dtype, torch.float32))

@@ -51,7 +51,7 @@ class OfDifferences(Way["FrameConv2d", tuple[FrameConv, ...]]):
     """
 
     def serves(self, layer: "FrameConv2d", x: torch.Tensor, past: torch.Tensor | None = None, group: int = 1) -> bool:
-        return x.device.type == "cpu"
+        return x.device.type == "cpu" and layer.kernel_size == (3, 3)  # LoRA has layers of the same class and one pixel
 
     def kernels(self, layer: "FrameConv2d") -> tuple[FrameConv, ...]:
         """Of the pixel; of the differences to left and right; and of those above and below, each alone and to both sides."""
