@@ -86,8 +86,8 @@ for latents in torch.randn(1, 4, 3, 8, 12).split(1, dim=2):
 def test_inductor_compiles_a_stream(tmp_path):
     """The default backend, with generated code; the tests above check graphs only.
 
-    In a process of its own, for inductor does not start where another library has imported the old distutils. With a cache of
-    its own: one that other `ATEN_CPU_CAPABILITY` have filled gives NaN.
+    In a process of its own, for inductor does not start where another library has imported the old distutils. With a cache
+    of its own: one that other `ATEN_CPU_CAPABILITY` have filled gives NaN.
     """
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     subprocess.run([sys.executable, "-c", INDUCTOR], check=True, timeout=1200, env=environment)

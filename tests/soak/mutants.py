@@ -32,7 +32,7 @@ SOURCE = ROOT / "src"
 PACKAGE = Path("vc_vae_diffusers")
 # The tests of a module, those first that are quick and likely to see.
 TARGETS = {
-    "operators/tdc.py": ["operators/test_tdc.py", "operators/test_frame_conv.py", "autoencoder/test_streaming.py"],
+    "operators/tdc.py": ["operators/test_tdc.py", "report/test_visualize.py", "autoencoder/test_streaming.py"],
     "operators/neighbours.py": ["operators/test_tdc.py", "autoencoder/test_streaming.py"],
     "training/losses.py": ["training/test_losses.py", "training/test_objective.py"],
     "training/discriminator.py": ["training/test_discriminator.py", "training/test_objective.py"],

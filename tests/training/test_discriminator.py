@@ -38,7 +38,10 @@ class TestShapes:
     def test_default_is_the_usual_patchgan_in_size(self):
         """64-128-256-512 channels, kernels of 3x4x4, counted by hand."""
         expected = 48 * (3 * 64 + 64 * 128 + 128 * 256 + 256 * 512 + 512) + 64 + 1 + 2 * (128 + 256 + 512)
-        assert sum(parameter.numel() for parameter in PatchDiscriminator3D().parameters()) == expected
+        discriminator = PatchDiscriminator3D()
+        assert sum(parameter.numel() for parameter in discriminator.parameters()) == expected
+        slopes = [layer.negative_slope for layer in discriminator.modules() if isinstance(layer, torch.nn.LeakyReLU)]
+        assert slopes == [0.2] * 4
 
     def test_arguments(self):
         with pytest.raises(ValueError, match="norm_num_groups=8 must divide"):

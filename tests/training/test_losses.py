@@ -60,6 +60,10 @@ class TestL1:
 
 
 class TestKL:
+    def test_refuses_to_broadcast(self):
+        with pytest.raises(ValueError, match="must be equal"):
+            kl_loss(torch.zeros(1, 4, 2, 8, 8), torch.zeros(1, 4, 1, 8, 8))
+
     def test_equals_torch_distributions(self):
         mean, logvar = (torch.randn(2, 4, 3, 5, 6, generator=_generator(s), dtype=torch.float64) for s in (0, 1))
         posterior = torch.distributions.Normal(mean, torch.exp(0.5 * logvar))
