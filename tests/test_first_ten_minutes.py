@@ -108,3 +108,63 @@ def test_an_image_vae_becomes_a_video_vae_that_is_trained(run, clone, clips):
     for wrong, message in (("--step", "--step"), ("--learning_rat", "--learning_rat")):
         mistaken = run("python", "examples/train_vcvae.py", "--model", "video_vae", "--output", "runs/x", wrong, 3, code=1)
         assert message in mistaken.stderr
+
+
+def test_an_image_vae_of_ones_own_and_a_denoiser_on_its_video_vae(run, clone, clips):
+    (clone / "clips.txt").write_text("[train]\n1.mp4\n2.mp4\n[holdout]\n0.mp4\n")
+    small = ["--channels", 8, 8, 16, 16, "--norm_num_groups", 4, "--latent_channels", 4, "--batch_size", 2, "--sizes", 16]
+    short = ["--steps", 2, "--cpu", "--num_threads", 1]
+    image = ["--data", clips, "--clips", "clips.txt", "--output", "runs/image", "--validation_size", 32]
+    told = run("python", "examples/train_image_vae.py", *image, *small, *short)
+    assert "the model is in runs/image/image_vae" in told.stdout + told.stderr
+    run("python", "convert_flux_weights.py", "runs/image/image_vae", "own_vae")
+
+    network = json.dumps({"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8})
+    latents = ["--vae", "own_vae", "--data", clips, "--resolution", 32, "--num_frames", 8, "--fps", 24, "--batch_size", 2]
+    latte = [
+        "--size",
+        "S/2",
+        "--transformer_config",
+        network,
+        "--output",
+        "runs/latte",
+        "--sample_every",
+        0,
+        "--tracker",
+        "none",
+    ]
+    told = run("python", "examples/train_latte.py", *latents, *latte, *short)
+    assert "the model is in runs/latte/pipeline" in told.stdout + told.stderr
+    run(
+        "python",
+        "examples/sample_latte.py",
+        "--model",
+        "runs/latte/pipeline",
+        "--output",
+        "samples",
+        "--num",
+        1,
+        "--steps",
+        2,
+    )
+    (sample,) = (clone / "samples").glob("*.mkv")
+    assert probe(sample).num_frames in (8, None)
+
+
+WRONG = {
+    ("reconstruct", "nope.mp4", "x.mp4"): "nope.mp4",
+    ("reconstruct", "CLIP", "x.mp4", "--model", "../nope"): "--model: ../nope is neither a folder here nor a hub id",
+    ("reconstruct", "CLIP", "x.txt"): ".txt",
+    ("report", "CLIP"): "0.mp4 is no text; give a result file",
+    ("plan", "--height", 64, "--width", 64, "--memory", 8): "8GB",
+    ("train", "vcvae", "--step", 3): "did you mean --steps?",
+    ("train", "latte", "--vae", "../nope", "--data", "FOLDER", "--output", "runs/y"): "../nope",
+}
+
+
+@pytest.mark.parametrize("words", WRONG, ids=lambda words: " ".join(map(str, words)))
+def test_a_wrong_call_is_one_line_with_a_remedy(run, clips, words):
+    named = [{"CLIP": clips / "0.mp4", "FOLDER": clips}.get(word, word) for word in words]
+    told = run("vcvae", *named, code=1).stderr.strip().splitlines()
+    assert WRONG[words] in told[-1]
+    assert sum(line.startswith("Error: ") for line in told) == 1
