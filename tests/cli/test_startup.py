@@ -114,3 +114,22 @@ def test_the_app_says_which_extra_it_needs():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert 'the app needs gradio: pip install ".[app]"' in done.stderr
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
+def test_a_second_sigterm_does_not_cut_the_cleaning_up_short():
+    program = (
+        "import os, signal\n"
+        "from vc_vae_diffusers.cli import app\n"
+        "try:\n"
+        "    with app._terminable():\n"
+        "        try:\n"
+        "            os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        finally:\n"
+        "            os.kill(os.getpid(), signal.SIGTERM)\n"
+        "            print('cleaned', flush=True)\n"
+        "except app._Terminated:\n"
+        "    print('terminated', signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert run.stdout.splitlines() == ["cleaned", "terminated True"], run.stderr

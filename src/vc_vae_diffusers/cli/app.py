@@ -42,12 +42,13 @@ class _Terminated(BaseException):
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:
+    signal.signal(signum, signal.SIG_IGN)
     raise _Terminated
 
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM ends a run as an exception does, so that partial files are removed."""
+    """SIGTERM ends a run as an exception does, so that partial files are removed; a second one does not cut that short."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
