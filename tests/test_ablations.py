@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -377,6 +378,14 @@ def test_report_tells_what_was_found(tiny):
     assert f"**{rates[1]:.3g}: 22.00**" in page
     assert (tiny.out / "report" / "table4.png").stat().st_size > 1000
     assert json.loads((tiny.results / f"group_tdc-s0-r{rates[1]:.3g}.json").read_text())["steps"] == 8
+
+
+def test_a_claim_of_equality_shows_if_all_of_its_interval_is_near():
+    equal = arms.Claim("equal", (), None, within=0.05)
+    for low, high, said in ((-0.01, 0.04, "shows"), (0.01, 0.06, "does not show"), (-0.2, -0.1, "the opposite shows")):
+        found = bootstrap.Interval((low + high) / 2, low, high, 3, 50, 0.0, 0.0)
+        place = SimpleNamespace(settings=SimpleNamespace(seeds=(0, 1, 2)))
+        assert reporting.verdict(place, equal, found) == said
 
 
 def test_every_claim_names_arms_of_its_suite():

@@ -65,7 +65,11 @@ def verdict(place: Place, claim: Claim, found: Interval | None) -> str:
     if found is None:
         there, wanted = runs_there(place, claim)
         return f"running: {there} of {wanted} runs" if there else "not run yet"
-    words = {1: "shows", 0: "does not show", -1: "the opposite shows"}[found.sign]
+    sign = found.sign
+    if claim.within is not None:  # whether all of the interval is near zero, or none of it
+        near = [abs(end) <= claim.within for end in (found.low, found.high)]
+        sign = 1 if all(near) else -1 if sign and not any(near) else 0
+    words = {1: "shows", 0: "does not show", -1: "the opposite shows"}[sign]
     return words if found.seeds >= seeds else f"{words} so far ({found.seeds} of {seeds} seeds)"
 
 
