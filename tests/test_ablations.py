@@ -368,6 +368,8 @@ def test_report_tells_what_was_found(tiny):
     assert "old" not in published
     assert published.startswith("# Page\n<!-- claims -->\n| claim |")
     assert published.endswith("<!-- /claims -->\nrest\n")
+    reporting.publish(tiny, ["table5"], tiny.out.parent / "page")  # the other suite stays in the table
+    assert all(f"| {suite}: " in (tiny.out.parent / "page.md").read_text() for suite in ("table4", "table5"))
     again = dataclasses.replace(tiny, out=tiny.out.parent / "page")
     text = reporting.report(again, ["table4"])  # from what was published
     assert text == reporting.report(tiny, ["table4"])

@@ -239,7 +239,8 @@ def cost(place: Place, suite: str) -> str:
 def publish(place: Place, suites: list[str], folder: Path) -> None:
     """Copy results, pages and figures to `folder`, and put the claims into the table of the page beside it, `folder`.md.
 
-    The page holds the table between two comment lines, `<!-- claims -->` and `<!-- /claims -->`.
+    The page holds the table between two comment lines, `<!-- claims -->` and `<!-- /claims -->`. Suites that were published
+    before stay in it.
     """
     report(place, suites)
     (folder / "results").mkdir(parents=True, exist_ok=True)
@@ -248,10 +249,11 @@ def publish(place: Place, suites: list[str], folder: Path) -> None:
     for suite in suites:
         for file in (place.out / "report").glob(f"{suite}.*"):
             shutil.copyfile(file, folder / file.name)
+    there = [suite for suite in SUITES if (folder / f"{suite}.md").exists()]
     page = folder.with_suffix(".md")
     before, rest = page.read_text().split("<!-- claims -->")
     after = rest.split("<!-- /claims -->")[1]
-    page.write_text(f"{before}<!-- claims -->\n{claims_table(place, suites)}\n<!-- /claims -->{after}")
+    page.write_text(f"{before}<!-- claims -->\n{claims_table(place, there)}\n<!-- /claims -->{after}")
 
 
 def report(place: Place, suites: list[str]) -> str:
