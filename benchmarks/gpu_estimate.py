@@ -275,7 +275,7 @@ def _bytes(x: torch.Tensor) -> int:
 
 
 def fake_model(name: str, dtype: torch.dtype, train: bool = False, device: str = "cuda") -> torch.nn.Module:
-    """A model without data, on a CUDA device that need not be there; to be called under a `FakeTensorMode`."""
+    """A model without data, on a device that need not be there; to be called under a `FakeTensorMode`."""
     with torch.device(device):
         vae = MODELS[name].build()
     vae.eval().requires_grad_(train)

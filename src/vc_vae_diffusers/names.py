@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
-# What PyTorch and oneDNN say on processors.
+# What PyTorch, the system and oneDNN say on processors.
 _WANTED = re.compile(r"can't allocate memory: you tried to allocate (\d+) bytes")
-_ONEDNN = re.compile(r"could not (create|execute) a (primitive|memory|stream)|std::bad_alloc")
+_SHORT = re.compile(r"allocate memory|could not (create|execute) a (primitive|memory|stream)|std::bad_alloc")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -29,13 +30,16 @@ def told(error: Exception) -> str:
     return str(error)
 
 
+def some(names: Sequence[str]) -> str:
+    """The first of many names, for an error."""
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+
+
 def memory_short(error: BaseException) -> str | None:
     """What to say of memory that ran out, of the machine or of a GPU; None for every other error."""
     text = str(error).partition("\n")[0].rstrip(". ")
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return text or "out of memory"
-    if not isinstance(error, RuntimeError):
-        return None
     if wanted := _WANTED.search(text):
         return f"out of memory: there is no room for {int(wanted[1]) / 1e6:,.0f} MB more"
-    return f"out of memory, as it seems: {text}" if _ONEDNN.match(text) else None
+    return f"out of memory, as it seems: {text}" if _SHORT.search(text) else None

@@ -69,11 +69,7 @@ def test_a_request_in_line_can_be_cancelled_and_others_go_on(app, clip):
     ("error", "said", "logged"),
     [
         (torch.OutOfMemoryError("CUDA out of memory"), "not enough memory", True),
-        (
-            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
-            "not enough memory",
-            True,
-        ),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"), "not enough memory", True),
         (VideoWriteError("the disk is full"), "the disk is full", False),
         (SafetensorError("header too large"), "header too large", False),
         (KeyError("what nobody thought of"), "what nobody thought of", True),

@@ -145,7 +145,7 @@ def test_a_plain_convolution_in_the_place_of_an_operator(make_vae, make_video, n
 @torch.no_grad()
 @pytest.mark.parametrize("fused", [False, True])
 def test_features_that_hooks_keep_are_not_overwritten(make_vae, make_video, fused):
-    vae, video = make_vae(), make_video(8)
+    vae, video = make_vae().double(), make_video(8).double()  # in float32 the bound would depend on the processor
     expected = vae(video).sample
     if fused:
         vae.fuse_tdc()
@@ -160,7 +160,7 @@ def test_features_that_hooks_keep_are_not_overwritten(make_vae, make_video, fuse
     for module in (*vae.encoder.modules(), *vae.decoder.modules()):
         handles.append(module.register_forward_hook(keep))
     sample = vae(video).sample
-    assert (sample - expected).abs().max() < 3e-5
+    assert (sample - expected).abs().max() < 1e-5
     assert {type(module) for module, _ in kept} >= {GroupCausalTDC, nn.GroupNorm, nn.SiLU}
     changed = [
         type(module).__name__ for (module, tensor), copied in zip(kept, copies, strict=True) if (tensor != copied).any()
@@ -168,7 +168,7 @@ def test_features_that_hooks_keep_are_not_overwritten(make_vae, make_video, fuse
     assert not changed
     for handle in handles:
         handle.remove()
-    torch.testing.assert_close(vae(video).sample, sample, rtol=0, atol=3e-5)
+    torch.testing.assert_close(vae(video).sample, sample, rtol=0, atol=1e-5)
 
 
 # Storage ----------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ import torch
 from diffusers.models.activations import ACT2CLS
 from torch import nn
 
+from ..names import some
+
 # What makes a tensor of whatever people have.
 PROCESSOR = "vc_vae_diffusers.VCVAEVideoProcessor.for_vae(vae).preprocess_video"
 # What arguments that hold pixels, and not latents, are called.
@@ -187,19 +189,15 @@ def check_weights(model: nn.Module, info: Mapping[str, Any], source: Any) -> Non
     """
     if missing := info.get("missing_keys"):
         raise ValueError(
-            f"{source} lacks {len(missing)} weights of its configuration ({_some(missing)}): the file is incomplete or of "
+            f"{source} lacks {len(missing)} weights of its configuration ({some(missing)}): the file is incomplete or of "
             "another configuration, fetch it again (for a network with new weights, from_config)"
         )
     there = {name: p.detach() for name, p in model.named_parameters() if p.device.type != "meta" and p.is_floating_point()}
     if broken := [name for name, parameter in there.items() if not _is_finite(parameter)]:
         raise ValueError(
-            f"{source} has NaN or infinite weights ({_some(broken)}): the file is damaged, its training diverged, or the "
+            f"{source} has NaN or infinite weights ({some(broken)}): the file is damaged, its training diverged, or the "
             f"numbers are too large for {model.dtype}; take another checkpoint or dtype"
         )
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
 def _is_finite(parameter: torch.Tensor) -> bool:

@@ -122,15 +122,15 @@ class MemoryTrace(TorchDispatchMode):
         large = sum(size for size in before.values() if size >= limit)
         most = heap * heap_factor + large
         for event in self.events:
-            size = sizes[event] if event >= 0 else -sizes[~event]
-            if abs(size) < limit:
-                small += size
-                heap = max(heap, small)
-            else:
-                large += size
-            most = max(most, heap * heap_factor + large)
-            if event >= 0 and (replaced := before.get(id(self.allocations[event]), 0)):
-                small, large = (small - replaced, large) if replaced < limit else (small, large - replaced)
+            made = sizes[event] if event >= 0 else -sizes[~event]
+            replaced = before.get(id(self.allocations[event]), 0) if event >= 0 else 0
+            for size in (made, -replaced):
+                if abs(size) < limit:
+                    small += size
+                    heap = max(heap, small)
+                else:
+                    large += size
+                most = max(most, heap * heap_factor + large)
         return int(most)
 
 

@@ -10,6 +10,7 @@ from diffusers import ModelMixin
 from torch import nn
 
 from ..files import follow_umask
+from ..names import some
 
 # What the mixins are mixed into: at run time they have no base, so that any class of diffusers can be beside them.
 _Model: Any = ModelMixin if TYPE_CHECKING else object
@@ -47,13 +48,13 @@ def check_saving(model: Any) -> None:
     state, on_disk, plain = model.state_dict(keep_vars=True), _on_disk(model), (torch.Tensor, nn.Parameter)
     if (others := sorted(names ^ state.keys())) and not quantised:
         raise ValueError(
-            f"the model has other layers than its configuration ({_some(others)}) and could not be loaded: save it before "
+            f"the model has other layers than its configuration ({some(others)}) and could not be loaded: save it before "
             "they are put there, or with the library that did (for LoRA, call merge_and_unload first)"
         )
     away = [n for n, p in state.items() if p.is_meta or id(p) in on_disk or not (quantised or type(p) in plain)]
     if away:
         raise ValueError(
-            f"{len(away)} weights are no tensors with values ({_some(away)}): save the model before it is offloaded, "
+            f"{len(away)} weights are no tensors with values ({some(away)}): save the model before it is offloaded, "
             "sharded or quantised"
         )
 
@@ -64,10 +65,6 @@ def _on_disk(model: nn.Module) -> set[int]:
     groups = [hook.group for hook in hooks if getattr(getattr(hook, "group", None), "offload_to_disk_path", None)]
     held = [p for group in groups for p in (*group.parameters, *(p for m in group.modules for p in m.parameters()))]
     return {id(parameter) for parameter in held}
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
 class HubPipelineMixin(AutoMapMixin):
