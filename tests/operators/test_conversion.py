@@ -219,6 +219,65 @@ def test_a_failure_leaves_the_model_as_it_was(hinder, error, message):
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items() if not value.is_meta)
 
 
+# In half precision ------------------------------------------------------------------------------------------------------
+
+
+def with_a_weak_tap(seed: int = 0) -> nn.Sequential:
+    """Layers whose anchor is a fiftieth of the sum of taps, which is its slice."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Conv3d(3, 8, 3), nn.Conv3d(8, 4, (3, 1, 1), bias=False))
+    with torch.no_grad():
+        for layer in model:
+            layer.weight[:, :, -1] *= 0.02
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_that_goes_to_half_precision_is_rounded_as_without_tdc(dtype):
+    model = with_a_weak_tap()
+    kernels = [layer.weight.detach().clone() for layer in model]
+    apply_tdc(model)
+    model.to(dtype)
+    for layer, kernel in zip(model, kernels, strict=True):
+        assert layer.weight.dtype == dtype
+        torch.testing.assert_close(layer.weight.float(), kernel.to(dtype).float(), rtol=torch.finfo(dtype).eps, atol=1e-7)
+        assert layer.parametrizations.weight.original.dtype == torch.float32
+    assert all(value.dtype == dtype for value in model.state_dict().values())
+    model(torch.randn(1, 3, 5, 8, 8, dtype=dtype)).sum().backward()
+    assert model[0].parametrizations.weight.original.grad.dtype == torch.float32
+
+    model.to("meta" if dtype is torch.float16 else "cpu")  # another device, not another dtype
+    assert model[0].weight.dtype == dtype
+    assert model[0].parametrizations.weight.original.dtype == torch.float32
+
+
+def test_half_precision_takes_nothing_from_slices():
+    model = with_a_weak_tap()
+    apply_tdc(model)
+    before = copy.deepcopy(model)
+    model.half().float()
+    torch.testing.assert_close(model[0].weight, before[0].weight, rtol=0, atol=0)
+    assert model.double()[0].weight.dtype == torch.float64
+    assert model.float()[0].parametrizations.weight.original.dtype == torch.float32
+
+
+def test_half_precision_is_loaded_and_removed():
+    model, other = with_a_weak_tap(), with_a_weak_tap(1)
+    for each in (model, other):
+        apply_tdc(each)
+        each.to(torch.bfloat16)
+    model.load_state_dict(other.state_dict())
+    expected = [layer.weight.detach().clone() for layer in other]
+    assert all(torch.equal(layer.weight, kernel) for layer, kernel in zip(model, expected, strict=True))
+    parameter = copy.deepcopy(model)
+    parameter[0].weight = expected[0] * 2
+    assert torch.equal(parameter[0].weight, expected[0] * 2)
+
+    remove_tdc(model)
+    assert all(type(layer.weight) is nn.Parameter for layer in model)
+    assert all(torch.equal(layer.weight, kernel) for layer, kernel in zip(model, expected, strict=True))
+
+
 # Saved and loaded -------------------------------------------------------------------------------------------------------
 
 

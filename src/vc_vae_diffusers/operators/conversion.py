@@ -125,7 +125,29 @@ class TDCParametrization(nn.Module):
         return fold_tdc(slices, self.anchor)
 
     def right_inverse(self, kernel: torch.Tensor) -> torch.Tensor:
-        return unfold_tdc(kernel, self.anchor)
+        return unfold_tdc(kernel.to(torch.promote_types(kernel.dtype, torch.float32)), self.anchor)
+
+
+class TDCSlices(parametrize.ParametrizationList):
+    """Keeps the slices in float32 where the model goes to half precision: what is rounded is the kernel, as without TDC.
+
+    The anchor's slice is a sum of taps: rounded itself, it would be off by much of a weak tap.
+    """
+
+    dtype: torch.dtype  # of the kernel
+
+    def forward(self) -> torch.Tensor:
+        return super().forward().to(self.dtype)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "TDCSlices":
+        """What `.to()`, `.half()` and their like call: `fn` of one tensor."""
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.original.device)).dtype
+
+        def kept(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype.itemsize >= 4 else tensor.to(moved.device)
+
+        return super()._apply(kept, recurse)
 
 
 _SLICES = "parametrizations.weight.original"
@@ -135,7 +157,7 @@ def _save_kernel(layer: Any, state: dict, prefix: str, local_metadata: dict) -> 
     """State dicts hold the plain kernel in the place of the slices."""
     if prefix + _SLICES in state:
         slices = state.pop(prefix + _SLICES)
-        state[prefix + "weight"] = layer.parametrizations.weight[0](slices)
+        state[prefix + "weight"] = layer.parametrizations.weight[0](slices).to(layer.parametrizations.weight.dtype)
 
 
 def _load_kernel(layer: Any, state: dict, prefix: str, *args) -> None:
@@ -152,6 +174,8 @@ def _is_parametrized(layer: Any) -> bool:
 
 def _parametrize(layer: Any, anchor: int) -> nn.Conv3d:
     parametrize.register_parametrization(layer, "weight", TDCParametrization(anchor))
+    slices = layer.parametrizations.weight
+    slices.dtype, slices.__class__ = slices.original.dtype, TDCSlices
     layer.tdc_hooks = (
         layer.register_state_dict_post_hook(_save_kernel),
         layer.register_load_state_dict_pre_hook(_load_kernel),
@@ -163,7 +187,8 @@ def _unparametrize(layer: Any) -> nn.Conv3d:
     for handle in layer.tdc_hooks:
         handle.remove()
     del layer.tdc_hooks
-    parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+    layer.parametrizations.weight.original.data = layer.weight.detach()
+    parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
     return layer
 
 
@@ -176,8 +201,9 @@ def apply_tdc(module: nn.Module, causality: str = "causal") -> list[str]:
     Plain operators of this package are replaced by their TDC twins. Any other `nn.Conv3d` with two or more temporal taps
     keeps its class and gets a `TDCParametrization`: the trained parameter is then `parametrizations.weight.original`, the
     slices. Optimizers must be created afterwards. What is saved stays a plain kernel under its own name, and loads into the
-    model as it was; after loading, call this again to go on. accelerate's offloading asks for parameters by their saved
-    names: call `remove_tdc` before it.
+    model as it was; after loading, call this again to go on. A model that goes to half precision afterwards keeps these
+    slices in float32, and rounds its kernels as it would without TDC. accelerate's offloading asks for parameters by their
+    saved names: call `remove_tdc` before it.
 
     A model whose configuration has a `temporal_operator` (`AutoencoderKLVCVAE`) has it changed with its weights: give the
     whole model then, and not a part.
