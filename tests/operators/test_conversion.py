@@ -303,6 +303,23 @@ def test_a_foreign_model_is_saved_as_it_was_and_goes_on_after_loading(tmp_path):
         torch.testing.assert_close(*of_both, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("saved", "loaded"), [(GroupCausalTDC, GroupCausalConv3d), (CausalConv3d, CausalTDC), (GroupCausalTDC, CausalTDC)]
+)
+def test_slices_of_another_operator_are_not_loaded(tmp_path, saved, loaded):
+    given, model = nn.Sequential(saved(3, 3)), nn.Sequential(loaded(3, 3))
+    torch.save(given.state_dict(), tmp_path / "weights.pt")
+    for state in (given.state_dict(), torch.load(tmp_path / "weights.pt", weights_only=True)):
+        with pytest.raises(
+            RuntimeError, match=f"0.weight is of a {saved.__name__}, this layer is a {loaded.__name__}: convert"
+        ):
+            model.load_state_dict(state, strict=False)
+    nn.Sequential(loaded(3, 3, (1, 3, 3))).load_state_dict(
+        nn.Sequential(saved(3, 3, (1, 3, 3))).state_dict()
+    )  # one tap is one
+    model.load_state_dict(dict(given.state_dict()))  # nothing says what they are
+
+
 def test_states_go_both_ways_between_a_model_and_itself_with_tdc():
     torch.manual_seed(0)
     plain, tdc = (nn.Sequential(nn.Conv3d(3, 4, 3), nn.Conv3d(4, 4, 1)).double() for _ in range(2))

@@ -77,6 +77,9 @@ FILES = {
     "cut.mkv": Made("-c copy", source="open_gop.mkv", before="-ss 0.7", lossy=True),
     "cut.ts": Made("-c copy", source="open_gop.ts", before="-ss 0.7", lossy=True),
     "cut_closed.mp4": Made("-c copy", source="h264.mp4", before="-ss 0.7", lossy=True),
+    "cut.mpg": Made("-c copy", source="h264.mpg", before="-ss 0.7", lossy=True),
+    "cut.vob": Made("-c copy", source="no_b_frames.vob", before="-ss 0.3", lossy=True),
+    "cut.ogv": Made("-c copy", source="theora.ogv", before="-ss 0.3", lossy=True),
     "cut_end.mp4": Made("-c copy -t 0.9", source="h264.mp4", lossy=True),
     "cut_hevc.mp4": Made("-c copy", source="hevc_open.mp4", before="-ss 0.7", lossy=True),
     "cut_hevc.mkv": Made("-c copy", source="hevc_open.mp4", before="-ss 0.7", lossy=True),
@@ -91,6 +94,8 @@ FILES = {
     "mpeg1.mpg": Made("-c:v mpeg1video -g 12 -bf 2 -q:v 3"),
     "mpeg2.mpg": Made(MPEG2),
     "mpeg2.vob": Made(f"{MPEG2} -f vob"),
+    "no_b_frames.vob": Made("-c:v mpeg2video -pix_fmt yuv420p -g 4 -q:v 12 -f vob", lossy=True),
+    "no_b_frames.mpg": Made("-c:v mpeg1video -g 3 -q:v 12", lossy=True),
     "mpeg2.ts": Made(MPEG2),
     "mpeg2.mkv": Made(MPEG2),
     "mpeg2.mxf": Made(MPEG2),
@@ -205,6 +210,7 @@ def test_equals_ffmpeg(name, folder):
         pieces = list(reader.timed_chunks())
     frames, stamps = torch.cat([chunk for chunk, _ in pieces], dim=1), [time for _, part in pieces for time in part]
     assert frames.shape == expected.shape
+    assert reader.info.duration is None or reader.info.duration > 0
     if all(before < after for before, after in itertools.pairwise(times)):
         assert stamps == times
     else:  # ffmpeg 5 shows two frames of a program stream at once
@@ -213,7 +219,9 @@ def test_equals_ffmpeg(name, folder):
     assert (frames.int() - expected.int()).abs().max() <= 2
     if not how.lossy:
         assert frame_numbers(frames) == list(range(COUNT))
-    for start in (min(9, frames.shape[1] - 2), frames.shape[1] - 3):
+    # Which picture a time belongs to hangs on where packets of a program stream begin, which is anywhere.
+    few = (min(9, frames.shape[1] - 2), frames.shape[1] - 3)
+    for start in range(1, frames.shape[1] - 2) if path.suffix in (".mpg", ".vob", ".ogv") else few:
         for where in ({"start_frame": start}, {"start_time": stamps[start]}):
             clip = read_clip(path, num_frames=2, dtype=torch.uint8, **where)
             assert torch.equal(clip, frames[:, start : start + 2]), where

@@ -21,6 +21,7 @@ How the convolution is made is left to `evaluation`, and changes results by roun
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -133,6 +134,22 @@ class TemporalConv3d(KernelLayer, nn.Conv3d):
     def stream(self, x: torch.Tensor, past: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Apply the operator to the next chunk of a clip: see `stream`, the function."""
         return stream(self, self.neighbours, x, past)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """State dicts say which operator their slices are of: they have one name and one shape in all."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]]["operator"] = type(self).__name__
+
+    def _load_from_state_dict(self, state: Any, prefix: str, local_metadata: dict, *args: Any) -> None:
+        """As in `nn.Module`; slices of another operator are an error, for they would be another function here."""
+        super()._load_from_state_dict(state, prefix, local_metadata, *args)
+        own, given = type(self).__name__, local_metadata.get("operator", type(self).__name__)
+        if given != own and len(self.slices) > 1:
+            errors = args[-1]
+            errors.append(
+                f"{prefix}weight is of a {given}, this layer is a {own}: convert with `apply_tdc` or `remove_tdc` first"
+            )
 
     @property
     def temporal_padding(self) -> str:

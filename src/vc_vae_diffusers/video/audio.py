@@ -27,7 +27,7 @@ class AudioCopy:
             self._source.close()
             raise VideoReadError(path, "has no audio to copy", "Pass another audio_from or none.")
         self._shift = origin + start
-        if start > 0:
+        if start > 0 and self._source.format.name != "mpeg":  # see `Decoding.seekable`
             self._source.seek(int(self._shift * av.time_base))
         self._streams: dict[int, av.AudioStream] = {}
         self._packets = self._kept()

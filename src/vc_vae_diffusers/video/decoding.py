@@ -103,9 +103,10 @@ class Decoding:
     def seekable(self) -> bool:
         """Whether seeking leads to times that count from the first frame, and to whole pictures; known after that frame.
 
-        Not where the first frame has no time of its own, nor where the first packet alone holds the palette.
+        Not where the first frame has no time of its own, nor where the first packet alone holds the palette, nor in program
+        streams (MPEG-PS), whose packets hold parts of pictures and few times: the others are counted from those before.
         """
-        return self._timed and not self._reordered and self.decoder.pix_fmt != "pal8"
+        return self._timed and not self._reordered and self.decoder.pix_fmt != "pal8" and "mpeg" not in self.formats
 
     @property
     def rate(self) -> Fraction:
@@ -185,7 +186,7 @@ class Decoding:
     def _time(self, frame: av.VideoFrame, before: av.VideoFrame | None) -> int:
         """When a frame appears, as FFmpeg's tools have it: by its own time if that comes after the last frame's, else when
         the frame before it has been shown."""
-        time = frame.dts if self._reordered else frame.pts
+        time = frame.dts if self._reordered or frame.pts is None else frame.pts
         if before is None:
             return time or 0
         if time is None or time <= before.pts:

@@ -156,7 +156,7 @@ class FileSource:
                     if goal is None:
                         raise
                     continue
-                if goal is not None and (first is None or first.pts > target):
+                if goal is not None and (first is None or not self.origin <= first.pts <= target):
                     continue
                 yield first
                 yield from frames
@@ -218,9 +218,9 @@ def _file_info(decoding: Decoding, frame: av.VideoFrame) -> VideoInfo:
         # Samples that an edit list hides are counted by the header and never presented.
         count = sum(not entry.is_discard for entry in stream.index_entries)
     duration = count / fps if count and "mov" in decoding.formats else decoding.stated_end
-    if duration is None and stream.duration:
+    if duration is None and (stream.duration or 0) > 0:  # a cut Ogg file says that it ends before the first second
         duration = stream.duration * stream.time_base
-    elif duration is None and container.duration:
+    elif duration is None and (container.duration or 0) > 0:
         duration = Fraction(container.duration, av.time_base)
     if frame.color_trc in HDR_TRANSFERS:
         logger.warning("%s: %s transfer is read without tone mapping", decoding.path, HDR_TRANSFERS[frame.color_trc])
