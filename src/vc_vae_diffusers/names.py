@@ -9,6 +9,7 @@ from pathlib import Path
 # What PyTorch, the system and oneDNN say on processors.
 _WANTED = re.compile(r"can't allocate memory: you tried to allocate (\d+) bytes")
 _SHORT = re.compile(r"allocate memory|could not (create|execute) a (primitive|memory|stream)|std::bad_alloc")
+_ACCESS = "log in with an account that may read it (`hf auth login`, or HF_TOKEN)"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -28,6 +29,41 @@ def told(error: Exception) -> str:
         wrong_path = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
         return f"{error.filename}: {error.strerror}{'; check the path' * wrong_path}."
     return str(error)
+
+
+def hub_problem(name: str, error: BaseException, file: str = "", access: str = _ACCESS) -> str | None:
+    """What an answer of the hub means, for people, where diffusers or huggingface_hub raised an error for it.
+
+    Args:
+        name: of the repository.
+        error: with its causes; diffusers says of most of them that a file is missing.
+        file: that was asked for, if it is known.
+        access: how someone who may read the repository says so.
+
+    Returns:
+        A sentence without its full stop, or None if the error is of another kind.
+    """
+    from huggingface_hub import errors
+
+    cause: BaseException | None = error
+    while cause is not None:
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        if isinstance(cause, errors.GatedRepoError):
+            return f"{name} is gated: accept its licence on its hub page with your account, then {access}"
+        if isinstance(cause, errors.RepositoryNotFoundError):
+            return f"{name} is not a local path, and not a hub repository that you can see: check the spelling, or {access}"
+        if isinstance(cause, errors.RevisionNotFoundError):
+            return f"{name} has no such revision: check its branch, tag or commit"
+        if isinstance(cause, errors.RemoteEntryNotFoundError):
+            return f"{name} lacks {file or 'a file of a model'}: check what it holds, and the subfolder"
+        if status is not None:
+            remedy = access if status in (401, 403) else "try again later"
+            return f"{name}: the hub answered {status} for {file or 'it'}: {remedy}"
+        if isinstance(cause, errors.LocalEntryNotFoundError) and not isinstance(cause.__cause__, errors.HfHubHTTPError):
+            lack = f"the hub cannot be reached, and its cache lacks {file or 'it'}"
+            return f"{name}: {lack}: check the connection, or download it first"
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def some(names: Sequence[str]) -> str:

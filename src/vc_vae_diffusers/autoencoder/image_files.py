@@ -9,19 +9,15 @@ from pathlib import Path
 
 import huggingface_hub
 import torch
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
 from ..files import read_json
+from ..names import hub_problem
 
 HUB_OPTIONS = ("token", "revision", "variant", "cache_dir", "local_files_only", "use_safetensors")
 WEIGHTS_NAME = "diffusion_pytorch_model"
+_ACCESS = "pass a token that may read it (token=…, --token)"
 BFL_FILE = "ae.safetensors"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 # What training leaves beside a VAE's weights, and what wraps their names.
@@ -85,27 +81,15 @@ class Source:
             options["local_files_only"] = True
         try:
             return Path(huggingface_hub.hf_hub_download(self.name, name, **options))
-        except GatedRepoError as error:
-            raise OSError(
-                f"{self.name} is gated: accept its licence on its hub page with your account, then log in with `hf auth "
-                "login` or pass a token of that account (token=…, --token)"
-            ) from error
-        except RepositoryNotFoundError as error:
-            raise OSError(
-                f"{self.name} is not a local path, and not a hub repository that you can see: check the spelling, or pass a "
-                "token (token=…, --token) if it is private"
-            ) from error
         except LocalEntryNotFoundError as error:
-            status = getattr(getattr(error.__cause__, "response", None), "status_code", None)
-            if status is not None:
-                raise OSError(
-                    f"{self.name}: the hub answered {status} for {name}: "
-                    + ("pass a token that may read it (token=…, --token)" if status in (401, 403) else "try again later")
-                ) from error
+            if isinstance(error.__cause__, HfHubHTTPError):
+                raise OSError(hub_problem(self.name, error, name, _ACCESS)) from error
             self.unreachable.append(name)
             return None
         except EntryNotFoundError:
             return None
+        except HfHubHTTPError as error:
+            raise OSError(hub_problem(self.name, error, name, _ACCESS)) from error
 
     def weights(self, folder: str, variant: str | None, suffix: str) -> list[Path]:
         """The files of a VAE's weights in a folder: one, or the shards that an index names. Empty if there are none."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from vc_vae_diffusers import bundled_model_path
 
 from ..files import read_json
-from ..names import check_model_name
+from ..names import check_model_name, hub_problem
 from .options import check_place, choose_device, choose_dtype, parse_tile
 
 if TYPE_CHECKING:
@@ -69,6 +69,14 @@ def read_config(folder: Path) -> dict:
     return config
 
 
+def hub_error(place: str, error: OSError) -> OSError:
+    """What to raise where a model could not be had from the hub."""
+    first = str(error).partition("\n")[0]
+    return OSError(
+        f"--model: {hub_problem(place, error) or f'{place} could not be had from the hub ({first}): download it first'}."
+    )
+
+
 def load_model(
     model: str | None,
     subfolder: str | None = None,
@@ -97,10 +105,7 @@ def load_model(
     except OSError as error:
         if Path(place).exists():
             raise
-        raise OSError(
-            f"--model: {place} is no folder here and could not be had from the hub ({str(error).splitlines()[0]}); "
-            "check the path, or download it first."
-        ) from error
+        raise hub_error(place, error) from error
     vae = vae.to(target).eval().requires_grad_(False)
     vae.fuse_tdc(compile)
     vae.groups_per_chunk = groups_per_chunk

@@ -11,6 +11,7 @@ import torch
 
 from .. import bundled_model_path
 from ..autoencoder.autoencoder_kl_vcvae import AutoencoderKLVCVAE
+from ..names import hub_problem
 from .baselines import UserVAE, wrap_model
 from .reconstructor import Original, Reconstructor
 
@@ -95,9 +96,10 @@ def load_model(
     except OSError as error:
         if Path(source).exists():
             raise
+        why = hub_problem(source, error, access="pass a token that may read it (--token)") or str(error).splitlines()[0]
         raise OSError(
-            f"model {spec.label!r}: {source} is no folder here and could not be had from the hub "
-            f"({str(error).splitlines()[0]}); download it, and give its folder if need be: {spec.label}=FOLDER"
+            f"model {spec.label!r}: {source} is no folder here and could not be had from the hub ({why}); "
+            f"download it, and give its folder if need be: {spec.label}=FOLDER"
         ) from error
     module = module.eval().requires_grad_(False).to(device)
     return wrap_model(module, posterior=posterior)
