@@ -1,6 +1,7 @@
 """What the tests share: small models with nothing left at its initial identity, and moving test video."""
 
 import dataclasses
+import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 
@@ -14,6 +15,10 @@ from torch.utils._pytree import tree_leaves
 from vc_vae_diffusers.autoencoder.autoencoder_kl_vcvae import AutoencoderKLVCVAE
 from vc_vae_diffusers.metrics import weights
 from vc_vae_diffusers.operators.tdc import TemporalConv3d
+
+# Sums depend on how many threads share them: the processes that tests start have as many as the tests.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 TINY = {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4}
 

@@ -530,7 +530,7 @@ SCRIPT = """
 
 
 def _start(script: Path, *arguments: object, **variables: str) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **variables}
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **variables}
     return subprocess.Popen(
         [sys.executable, str(script), *map(str, arguments)],
         env=environment,
