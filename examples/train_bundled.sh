@@ -16,11 +16,11 @@ if [ "${SCHEDULE:-seconds}" = steps ]; then image_budget=(--steps 10790) video_b
 
 $python -m vc_vae_diffusers.cli fetch-weights lpips
 common=(--data "$clips" --lpips_weight 0.15 --mse_weight 4 --validate_every 50)
-# What is done is passed over.
-[ -e "$runs/image_vae/vae/config.json" ] || $python examples/train_bundled_gpu.py image "${common[@]}" --output "$runs/image_vae" \
+# What is done is passed over, what was interrupted goes on.
+$python examples/train_bundled_gpu.py image "${common[@]}" --output "$runs/image_vae" \
     --channels 16 32 80 112 --norm_num_groups 4 --buckets "size=128 frames=1 fps=0 batch=32" --lpips_images 16 --learning_rate 2e-3 --frame_stride 2 \
     "${image_budget[@]}"
-[ -e "$runs/stage1/vae/config.json" ] || $python examples/train_bundled_gpu.py video "${common[@]}" --output "$runs/stage1" \
+$python examples/train_bundled_gpu.py video "${common[@]}" --output "$runs/stage1" \
     --from_image_vae "$runs/image_vae/vae" --buckets "size=128 frames=8 fps=0 batch=8 weight=3" \
     "size=256 frames=8 fps=0 batch=2" --learning_rate 1.5e-3 --decay 0.5 "${video_budget[@]}"
 

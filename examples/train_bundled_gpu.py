@@ -7,7 +7,8 @@ What `train_image_vae.py` and `train_vcvae.py` do for any data and machine, this
 reading, augmenting and launching would cost more than the network: decoded clips lie on the device as bytes, at several
 sizes, crops are gathered there, a whole step is one CUDA graph, and the learning rate follows the clock. Kernels are
 optimised by Muon (`--optimizer adam` for the control). The loss is L1 + LPIPS + KL (+ MSE), means over all elements. It runs
-on a CPU too, slowly. The averaged weights are left in `OUTPUT/vae`, figures in `OUTPUT/log.jsonl`.
+on a CPU too, slowly. The averaged weights are left in `OUTPUT/vae`, figures in `OUTPUT/log.jsonl`. The same command again
+goes on from the last validation (`OUTPUT/state.safetensors`), or does nothing if the run was finished.
 """
 
 import argparse
@@ -16,13 +17,17 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from vc_vae_diffusers import AutoencoderKLVCVAE
+from vc_vae_diffusers.files import whole_file, write_whole
 from vc_vae_diffusers.operators.evaluation.stacked import Stacked
 from vc_vae_diffusers.operators.tdc import TemporalConv3d
 from vc_vae_diffusers.training import losses
@@ -33,6 +38,7 @@ from vc_vae_diffusers.training.muon import MuonAdam
 from vc_vae_diffusers.video.reading import VideoReader
 
 logger = logging.getLogger("train_bundled_gpu")
+STATE = "state.safetensors"
 CLIPS = Path(__file__).parent / "configs" / "tiny_clips.txt"
 
 
@@ -253,6 +259,13 @@ class Trainer:
         self.swap_average()
         return scores
 
+    def state(self) -> dict[str, torch.Tensor]:
+        """All that a step changes, by name."""
+        optimizer = self.optimizer
+        lists = {"weight": self.parameters, "average": self.average, "first": optimizer.first, "second": optimizer.second}
+        named = {f"{name}.{number}": value for name, values in lists.items() for number, value in enumerate(values)}
+        return {**named, "count": optimizer.count}
+
     @torch.no_grad()
     def swap_average(self) -> None:
         """Exchange weights and averaged weights."""
@@ -274,6 +287,79 @@ def validate(codec: Codec, clips: Sequence[torch.Tensor], size: int, device: tor
     return dict(zip((f"psnr_{size}", f"lpips_{size}"), means, strict=False))
 
 
+# -------------------------------------------------------------------------------------------------------------- going on
+
+
+@dataclass
+class Progress:
+    """How far a run is."""
+
+    step: int = 0
+    seconds: float = 0.0
+
+    def part(self, args: argparse.Namespace) -> float:
+        """Of the whole run, 1 at its end."""
+        return self.step / args.steps if args.steps else self.seconds / args.seconds
+
+
+# What may change between the parts of a run.
+_FREE = ("data", "clips", "extra", "output", "from_image_vae", "model", "validate_every", "device", "no_compile")
+
+
+def settings(args: argparse.Namespace) -> dict:
+    """What a run that goes on must agree on."""
+    return json.loads(json.dumps({name: value for name, value in vars(args).items() if name not in _FREE}))
+
+
+def saved_progress(args: argparse.Namespace) -> Progress:
+    """How far the run of this folder came.
+
+    Raises:
+        ValueError: if it was made with other options.
+    """
+    path = args.output / STATE
+    if not path.exists():
+        return Progress()
+    with safe_open(path, "pt") as file:
+        told = file.metadata()
+    before, now = json.loads(told["settings"]), settings(args)
+    if changed := [f"--{name} {before.get(name)}" for name in now if before.get(name) != now[name]]:
+        raise ValueError(
+            f"--output {args.output} holds a run with {', '.join(changed)}: go on with these, or take another folder"
+        )
+    return Progress(int(told["step"]), float(told["seconds"]))
+
+
+def save_state(trainer: Trainer, progress: Progress) -> None:
+    """Write what the run needs to go on."""
+    state = {name: value.detach().cpu().contiguous() for name, value in trainer.state().items()}
+    state["rng"] = torch.get_rng_state()
+    if trainer.device.type == "cuda":
+        state["rng_cuda"] = torch.cuda.get_rng_state(trainer.device)
+    told = {"step": str(progress.step), "seconds": str(progress.seconds), "settings": json.dumps(settings(trainer.args))}
+    with whole_file(trainer.args.output / STATE) as partial:
+        save_file(state, partial, metadata=told)
+
+
+def load_state(trainer: Trainer) -> None:
+    """The inverse of `save_state`: into the tensors that are there, for graphs hold them."""
+    with safe_open(trainer.args.output / STATE, "pt") as file, torch.no_grad():
+        for name, value in trainer.state().items():
+            value.copy_(file.get_tensor(name))
+        torch.set_rng_state(file.get_tensor("rng"))
+        if trainer.device.type == "cuda" and "rng_cuda" in file.keys():  # noqa: SIM118  it is no dictionary
+            torch.cuda.set_rng_state(file.get_tensor("rng_cuda"), trainer.device)
+
+
+def keep_rows(log: Path, step: int) -> None:
+    """Drop the rows of steps that are made again."""
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    write_whole(log, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+
+
+# ------------------------------------------------------------------------------------------------------------- the run
+
+
 def rate(progress: float, args: argparse.Namespace) -> float:
     """Warm-up, stable, decay: the factor of the learning rate."""
     rising = progress / args.warmup if args.warmup else 1.0
@@ -293,6 +379,10 @@ def main(argv: list[str] | None = None) -> None:
     buckets = parse_buckets(args.buckets)
     if any(bucket.fps for bucket in buckets):
         raise ValueError(f"--buckets {args.buckets}: clips keep their rates here, write fps=0")
+    progress = saved_progress(args)
+    if progress.part(args) >= 1:
+        logger.info("%s: this run was finished at step %d", args.output, progress.step)
+        return
 
     clips = [clip[:: args.frame_stride] for clip in read_clips(args.data, read_list(args.clips, "train"))]
     if args.extra:
@@ -321,36 +411,44 @@ def main(argv: list[str] | None = None) -> None:
         average.copy_(parameter.detach())
     count = sum(parameter.numel() for parameter in trainer.parameters)
     logger.info("%.2f M parameters, ready after %.0f s", count / 1e6, time.time() - began)
-    train(trainer, steps, draw, held_out, lpips)
+    if progress.step:
+        load_state(trainer)
+        logger.info("going on after step %d", progress.step)
+    train(trainer, steps, draw, held_out, lpips, progress)
 
 
-def train(trainer: Trainer, steps: list[tuple[Bucket, Callable]], draw: Callable, held_out: list, lpips) -> None:
+def train(
+    trainer: Trainer, steps: list[tuple[Bucket, Callable]], draw: Callable, held_out: list, lpips, progress: Progress
+) -> None:
     """The loop: learning rate, step, a row of the log every 50 steps, validation and weights by the clock."""
     args, plan = trainer.args, ClipPlan([bucket for bucket, _ in steps], trainer.args.seed)
     torch.backends.cudnn.benchmark = False  # validation has shapes of its own, each of them once
     trainer.terms.zero_()
-    started = validated = time.time()
-    step, progress = 0, 0.0
-    while progress < 1.0:
-        trainer.learning_rate.fill_(args.learning_rate * rate(progress, args))
-        bucket, replay = steps[plan.bucket_of(step)[0]]
+    keep_rows(args.output / "log.jsonl", progress.step)
+    validated = time.time()
+    started = validated - progress.seconds
+    while (part := progress.part(args)) < 1.0:
+        trainer.learning_rate.fill_(args.learning_rate * rate(part, args))
+        bucket, replay = steps[plan.bucket_of(progress.step)[0]]
         replay(draw(bucket))
-        step += 1
-        if args.steps:
-            progress = step / args.steps
-        elif step % 10 == 0:  # the clock runs ahead of the device's queue otherwise
+        progress.step += 1
+        if progress.step % 10 == 0:  # the clock runs ahead of the device's queue otherwise
             trainer.wait()
-            progress = (time.time() - started) / args.seconds
-        if step % 50 and progress < 1.0:
+            progress.seconds = time.time() - started
+        last = progress.part(args) >= 1.0
+        if progress.step % 50 and not last:
             continue
-        row = {"step": step, **trainer.means(step % 50 or 50), "seconds": round(time.time() - started, 1)}
+        row = {"step": progress.step, **trainer.means(progress.step % 50 or 50), "seconds": round(progress.seconds, 1)}
         if not math.isfinite(row["l1"]):
-            raise FloatingPointError(f"the loss is {row['l1']} at step {step}: lower --learning_rate")
-        if time.time() - validated > args.validate_every or progress >= 1.0:
-            row |= trainer.save_and_validate(held_out, lpips if progress >= 1.0 else None, last=progress >= 1.0)
+            raise FloatingPointError(f"the loss is {row['l1']} at step {progress.step}: lower --learning_rate")
+        validating = last or time.time() - validated > args.validate_every
+        if validating:
+            row |= trainer.save_and_validate(held_out, lpips if last else None, last)
             validated = time.time()
         with open(args.output / "log.jsonl", "a") as log:
             log.write(json.dumps(row) + "\n")
+        if validating:
+            save_state(trainer, progress)
         logger.info("  ".join(f"{name} {value:.5g}" for name, value in row.items()))
 
 

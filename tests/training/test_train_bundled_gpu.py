@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from safetensors.torch import load_file
 from video_files import encode, frame_numbers, numbered_frames
 
 from vc_vae_diffusers import AutoencoderKLVCVAE
@@ -157,3 +158,54 @@ def test_both_stages_from_clips_to_a_model_that_loads(script, tmp_path):
         script.main(["video", *common, "--output", str(tmp_path / "none")])
     with pytest.raises(ValueError, match="write fps=0"):
         script.main([*stage, "--buckets", "size=16 frames=8 fps=24 batch=2"])
+
+
+@pytest.fixture
+def small_run(tmp_path):
+    """Arguments of a short run with a bucket of each kind, but for its output."""
+    for name in ("a.mp4", "b.mp4"):
+        encode(tmp_path / name, numbered_frames(20))
+    (tmp_path / "clips.txt").write_text("[train]\na.mp4\n[holdout]\nb.mp4\n")
+    AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 16, 16),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ).save_pretrained(tmp_path / "image")
+    options = ["video", "--data", str(tmp_path), "--clips", str(tmp_path / "clips.txt"), "--no_compile", "--device", "cpu"]
+    options += ["--lpips_weight", "0", "--ema_decay", "0.9", "--sides", "32", "--validate_every", "0", "--steps", "52"]
+    buckets = ["size=16 frames=4 fps=0 batch=1 weight=2", "size=16 frames=1 fps=0 batch=2"]
+    return [*options, "--from_image_vae", str(tmp_path / "image"), "--buckets", *buckets]
+
+
+def test_an_interrupted_run_goes_on_to_the_same_weights(script, small_run, tmp_path, monkeypatch):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    script.main([*small_run, "--output", str(whole)])
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "rate", lambda part, args, rate=script.rate: 1 / 0 if part > 50.5 / 52 else rate(part, args))
+        with pytest.raises(ZeroDivisionError):
+            script.main([*small_run, "--output", str(cut)])
+    with open(cut / "log.jsonl", "a") as log:
+        log.write('{"step": 51, "l1": 0.1}\n{"step": 52, "l')  # what a killed run may have written
+    script.main([*small_run, "--output", str(cut)])
+
+    for name in ("vae/diffusion_pytorch_model.safetensors", "state.safetensors"):
+        expected, found = load_file(whole / name), load_file(cut / name)
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(value, found[key]) for key, value in expected.items()), name
+    rows = [[json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] for run in (whole, cut)]
+    assert [row["step"] for row in rows[1]] == [50, 52]
+    timeless = [[{name: value for name, value in row.items() if name != "seconds"} for row in run] for run in rows]
+    assert timeless[0] == timeless[1]
+
+    before = (cut / "state.safetensors").stat().st_mtime_ns
+    script.main([*small_run, "--output", str(cut)])  # it was finished
+    assert (cut / "state.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(
+        ValueError, match=r"--output .*cut holds a run with --learning_rate 0.002, --seed 0: go on with these"
+    ):
+        script.main([*small_run, "--output", str(cut), "--learning_rate", "1", "--seed", "3"])
