@@ -15,7 +15,12 @@ Gradients of fake CUDA tensors are computed only where PyTorch finds a GPU. Else
 tensors of the CPU, by the ways that a GPU takes. There autocast leaves the peers' group norms in bfloat16; on CUDA they and
 what follows are float32, and larger.
 
+`--compiled` reads Inductor's schedule instead: the kernels that are left when it has fused what it fuses, and what it cannot
+look into (convolutions, matrix products, the package's own kernels). Group norm is its own reduction then, SiLU and biases
+go with their neighbours; live memory is not read.
+
     python benchmarks/gpu_estimate.py --size 480x832 --frames 16
+    python benchmarks/gpu_estimate.py --compiled
     python benchmarks/gpu_estimate.py --operation train train-checkpointed --size 256x256 --json estimate.json
 """
 
@@ -30,6 +35,7 @@ from typing import Any
 
 import torch
 from common import DTYPES, MODELS, add_common_options, console, environment, parse_size, plain, report, run, table
+from inductor_schedule import schedule
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -37,6 +43,7 @@ from torch.utils.flop_counter import flop_registry
 
 from vc_vae_diffusers.operators.evaluation import FourFrames, InSpace, OfDifferences, Pairwise
 from vc_vae_diffusers.operators.evaluation.fusing import KernelLayer
+from vc_vae_diffusers.operators.evaluation.gpu_ops import INDUCTOR
 
 aten = torch.ops.aten
 LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -105,6 +112,16 @@ class Tally:
     layouts: Counter = field(default_factory=Counter)
     transfers: Counter = field(default_factory=Counter)
     peak: int = 0
+
+    def add(
+        self, machine: Machine, kind: str, size: float, flops: float = 0.0, launches: int = 1, itemsize: int = 2
+    ) -> None:
+        """Count launches of one kind that share bytes and operations."""
+        total = self.kinds[kind]
+        total.launches += launches
+        total.flops += flops
+        total.bytes += size
+        total.seconds += launches * machine.seconds(flops / launches, size / launches, itemsize)
 
     def summary(self, frames: int) -> dict[str, Any]:
         """For tables and JSON; times by frame."""
@@ -181,11 +198,7 @@ class KernelCount(TorchDispatchMode):
         return all(x.untyped_storage()._cdata in given for x in made)
 
     def _add(self, kind: str, size: float, flops: float = 0.0, launches: int = 1, itemsize: int = 2) -> None:
-        total = self.tally.kinds[kind]
-        total.launches += launches
-        total.flops += flops
-        total.bytes += size
-        total.seconds += launches * self.machine.seconds(flops / launches, size / launches, itemsize)
+        self.tally.add(self.machine, kind, size, flops, launches, itemsize)
 
     def _convolution(self, func, args, result):
         backward = func.overloadpacket is aten.convolution_backward
@@ -347,11 +360,40 @@ def count(name: str, operation: str, options: argparse.Namespace, machine: Machi
     return {"model": name, "operation": operation, "frames": frames, **counter.tally.summary(frames)}
 
 
+def read_schedule(name: str, operation: str, options: argparse.Namespace, machine: Machine) -> dict[str, Any]:
+    """What Inductor's schedule of one operation of one model comes to."""
+    dtype, frames, tally = DTYPES[options.dtype], MODELS[name].frames(options.frames), Tally()
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        vae = fake_model(name, dtype)
+        if MODELS[name].ours:
+            vae.groups_per_chunk = options.groups_per_chunk
+        clip = torch.empty(1, 3, frames, *options.size, dtype=dtype, device="cuda")
+        x = clip if operation == "encode" else latents_of(vae, clip)
+        kernels = schedule(lambda x: run(vae, operation, x), x, INDUCTOR if MODELS[name].ours else {})
+    kinds = {"reduction": "norm", "norm_silu": "norm", "combine": "combinations"}
+    for kernel in kernels:
+        size, launches = kernel.bytes, 1
+        if kernel.kind == "convolution":
+            tally.layouts["channels last" if kernel.channels_last else "channels first"] += 1
+            if not kernel.channels_last and dtype.itemsize == 2:  # tensor cores want the channels last
+                tally.add(machine, "layout", 2 * kernel.moved, launches=2)
+        elif kernel.kind == "norm_silu":  # read for the statistics, and once more
+            size, launches = size + kernel.bytes // 2, 3
+        kind = kinds.get(kernel.kind, kernel.kind if kernel.kind in KINDS else "other")
+        tally.add(machine, kind, size, kernel.flops, launches, dtype.itemsize)
+    return {"model": name, "operation": operation, "frames": frames, **tally.summary(frames)}
+
+
 def tables(rows: list[dict[str, Any]], options: argparse.Namespace) -> list:
     """Totals of every run, and what each kind takes."""
-    size = f"{options.size[0]}x{options.size[1]}"
+    size, how = f"{options.size[0]}x{options.size[1]}", "compiled" if options.compiled else "eager"
     columns = ["model", "", "frames", "TFLOP", "launches", "GB", "ms/frame", "peak live GB", "conv. channels last", "waits"]
-    made = [table(f"Estimated, nothing ran on a GPU: {size}, {options.dtype}, eager", columns)]
+    made = [
+        table(
+            f"Estimated, nothing ran on a GPU: {size}, {options.dtype}, {how}",
+            columns,
+        )
+    ]
     by_kind = table("The same, ms/frame by kind (GB)", ["model", "", *KINDS])
     for row in rows:
         layouts = row["convolution_layouts"]
@@ -362,7 +404,8 @@ def tables(rows: list[dict[str, Any]], options: argparse.Namespace) -> list:
             f"{row['bytes'] / 1e9:.0f}",
             f"{row['ms_per_frame']:.2f}",
         ]
-        cells += [f"{row['peak_live_bytes'] / 1e9:.1f}", f"{last} of {sum(layouts.values())}"]
+        peak = "" if options.compiled else f"{row['peak_live_bytes'] / 1e9:.1f}"
+        cells += [peak, f"{last} of {sum(layouts.values())}"]
         cells.append(str(sum(row["transfers_and_waits"].values())))
         made[0].add_row(row["model"], row["operation"], str(row["frames"]), *cells)
         kinds = []
@@ -381,6 +424,7 @@ def main(arguments: list[str] | None = None) -> None:
     operations = ["encode", "decode", "train", "train-checkpointed"]
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=models, metavar="NAME")
     parser.add_argument("--operation", nargs="+", choices=operations, default=operations[:2], metavar="NAME")
+    parser.add_argument("--compiled", action="store_true", help="encode and decode as Inductor would run them")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16", help="of encoding and decoding")
     parser.add_argument("--no-autocast", dest="autocast", action="store_false", help="train in float32 alone, not bfloat16")
     parser.add_argument("--size", type=parse_size, default=(480, 832), help="HEIGHTxWIDTH")
@@ -392,13 +436,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--launch", type=float, default=Machine.launch, help="the least time of a kernel, in microseconds")
     add_common_options(parser)
     options = parser.parse_args(arguments)
+    if options.compiled and (trained := [name for name in options.operation if name.startswith("train")]):
+        parser.error(f"--operation {' '.join(trained)}: --compiled reads encode and decode only, leave one of them out")
     torch.set_num_threads(options.threads)
     machine = Machine(options.tflops, options.share, options.bandwidth, options.launch)
     rows = []
     for name in options.models:
         for operation in options.operation:
             console(f"{name}: {operation}")
-            if (row := count(name, operation, options, machine)) is None:
+            row = (read_schedule if options.compiled else count)(name, operation, options, machine)
+            if row is None:
                 console(f"{name} supports no gradient checkpointing: left out")
             else:
                 rows.append(row)

@@ -172,6 +172,26 @@ def test_gpu_estimate(tmp_path, capsys):
     assert "790 TFLOP/s" in shown
 
 
+def test_the_schedule_of_the_compiler_is_read_without_a_gpu(tmp_path, capsys):
+    arguments = ("--models", "vcvae-tiny", "wan-tiny", "--size", 64, "--frames", 4, "--operation", "encode", "decode")
+    compiled, eager = (
+        {(row["model"], row["operation"]): row for row in results("gpu_estimate", tmp_path, *arguments, *how)["rows"]}
+        for how in (["--compiled"], [])
+    )
+    assert "compiled" in capsys.readouterr().out
+    assert compiled.keys() == eager.keys()
+    for key, row in compiled.items():
+        assert row["launches"] < eager[key]["launches"]
+        assert row["kinds"]["norm"]["launches"] > 0
+        assert row["kinds"]["pointwise"]["bytes"] > 0
+    for operation in ("encode", "decode"):  # what is fused is no convolution
+        flops = [rows["wan-tiny", operation]["kinds"]["convolution"]["flops"] for rows in (compiled, eager)]
+        assert flops[0] == flops[1]
+    with pytest.raises(SystemExit):
+        results("gpu_estimate", tmp_path, "--compiled", "--operation", "train")
+    assert "--operation train: --compiled reads encode and decode only" in capsys.readouterr().err
+
+
 def test_training_steps_are_counted_without_a_gpu(tmp_path, capsys):
     arguments = (
         "--models",

@@ -8,6 +8,8 @@ import sys
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor import config
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vc_vae_diffusers.autoencoder.autoencoder_kl_vcvae import AutoencoderKLVCVAE
 from vc_vae_diffusers.operators.evaluation import gpu_ops
@@ -108,6 +110,37 @@ def test_compile_is_for_chunks_and_refuses_what_records_graphs(make_vae, make_vi
         assert counter.frame_count == compiled
     with pytest.raises(ValueError, match=r"mode is 'max-autotune', .* pass mode='max-autotune-no-cudagraphs'"):
         vae.compile(mode="max-autotune")
+
+
+def test_warming_up_leaves_nothing_to_compile_for_a_clip(make_vae, make_video):
+    vae, counter = small_vae(make_vae).requires_grad_(False), CompileCounterWithBackend("eager")
+    clip, other = make_video(9), CompileCounterWithBackend("eager")
+    height, width = clip.shape[-2:]
+    vae.compile(backend=counter)
+    vae.warm_up(height, width)
+    assert counter.frame_count == 4
+    with torch.no_grad():
+        vae(clip)
+    assert counter.frame_count == 4
+    vae.compile(backend=other)
+    vae.warm_up(height, width, encode=False)
+    assert other.frame_count == 2
+    with pytest.raises(ValueError, match=r"height and width are 12 and 31: pass multiples of 2"):
+        vae.warm_up(12, 31)
+
+
+def test_on_gpus_inductor_does_not_keep_what_norms_make(make_vae, monkeypatch):
+    given = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: given.append(options))
+    with FakeTensorMode(), torch.device("cuda"):
+        vae = AutoencoderKLVCVAE(block_out_channels=(8, 8), temporal_downsample=(True,), norm_num_groups=4)
+    vae.compile(dynamic=True)
+    assert given == [{"dynamic": True, "options": gpu_ops.INDUCTOR}] * 2
+    assert all(hasattr(config, name) for name in gpu_ops.INDUCTOR)
+    given.clear()
+    vae.compile(mode="max-autotune-no-cudagraphs")
+    make_vae().compile()
+    assert given == [{"mode": "max-autotune-no-cudagraphs"}] * 2 + [{}] * 2
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
+from ..operators.evaluation.gpu_ops import INDUCTOR
 from ..operators.frame_conv import KernelLayer
 from .blocks import Decoder, Encoder, TemporalDesign
 from .checks import check_config, unknown_arguments
@@ -322,10 +323,11 @@ class AutoencoderKLVCVAE(SavedModelMixin, StreamsMixin, AutoencoderMixin):
         Encoder and decoder are compiled, chunk by chunk: once for the start of a clip and once for all that follows, however
         long it is; and once more for other sizes of frames. Compilation happens at the first call, takes minutes at full
         size and is kept in `TORCHINDUCTOR_CACHE_DIR`. Call `fuse_tdc()` before: fused kernels become constants. To go back,
-        load the model anew.
+        load the model anew. `warm_up` does all this before the first clip.
 
         Args:
-            options: of `torch.compile`. `dynamic=True` compiles for any height and width at once.
+            options: of `torch.compile`. `dynamic=True` compiles for any height and width at once. On GPUs, unless `mode`,
+                `options` or `backend` is given, Inductor is told what suits the network (`gpu_ops.INDUCTOR`).
 
         Raises:
             ValueError: for modes that record CUDA graphs: the next run of a graph overwrites its outputs, and with them what
@@ -336,8 +338,34 @@ class AutoencoderKLVCVAE(SavedModelMixin, StreamsMixin, AutoencoderMixin):
                 f"mode is {options['mode']!r}, which records CUDA graphs: their next run overwrites what a chunk hands to "
                 "the next; pass mode='max-autotune-no-cudagraphs' or leave it out"
             )
+        if self.device.type == "cuda" and not {"mode", "options", "backend"} & options.keys():
+            options["options"] = INDUCTOR
         for network in (self.encoder, self.decoder):
             network.compile(**options)
+
+    @torch.no_grad()
+    def warm_up(self, height: int, width: int, *, encode: bool = True, decode: bool = True) -> None:
+        """Do at once what the first clip of a size would wait for: compiling, packing, choosing kernels.
+
+        Two chunks of zeros, the start of a clip and what follows, go through the model as it is set: tiles, slices,
+        `groups_per_chunk`, dtype and device.
+
+        Args:
+            height, width: of frames, in pixels.
+            encode, decode: which of both.
+
+        Raises:
+            ValueError: if frames cannot have that size.
+        """
+        count, ratio = 2 * self.groups_per_chunk, self.spatial_compression_ratio
+        if height % ratio or width % ratio:
+            raise ValueError(f"height and width are {height} and {width}: pass multiples of {ratio}")
+        if encode:
+            shape = 1, self.config.in_channels, self.groups.frames(count), height, width
+            self.encode(torch.zeros(shape, dtype=self.dtype, device=self.device))
+        if decode:
+            shape = 1, self.config.latent_channels, count, height // ratio, width // ratio
+            self.decode(torch.zeros(shape, dtype=self.dtype, device=self.device))
 
     def unfuse_tdc(self) -> None:
         """Undo `fuse_tdc`: kernels are folded at every call again. `train()` does it too."""

@@ -17,6 +17,9 @@ from torch._subclasses.fake_tensor import is_fake
 logger = logging.getLogger(__name__)
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
+# For the compiler on GPUs: what a norm makes of frames is computed in the pass that uses it, all six combinations of a tile
+# at once, and not written in float32 before. Read from Inductor's schedule (`benchmarks/gpu_estimate.py --compiled`).
+INDUCTOR = {"realize_reads_threshold": 16, "realize_opcount_threshold": 100}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
