@@ -1,6 +1,10 @@
 """Visitors of the app, without a browser: what is cancelled, what fails, what stays of it."""
 
+import os
 import re
+import signal
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -149,3 +153,18 @@ def test_sessions_end_when_they_are_idle_or_too_many(app, clip, monkeypatch):
     assert set(app.sessions) == {"d"}
     assert last_status(running).startswith("Done")
     assert len(folders(app)) == 1
+
+
+def test_the_command_says_where_the_page_is_and_ends_by_ctrl_c(tmp_path):
+    command = [sys.executable, "-m", "vc_vae_diffusers", "app", "--no-browser", "--device", "cpu"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as running:
+        try:
+            assert running.stderr.readline() == "The page is being made …\n"
+            assert re.fullmatch(r"The page is at http://127\.0\.0\.1:\d+/? until Ctrl-C\.\n", running.stderr.readline())
+            running.send_signal(signal.SIGINT)
+            out, err = running.communicate(timeout=60)
+        finally:
+            running.kill()
+    assert (running.returncode, out, err) == (0, "", "")
+    assert not list(tmp_path.glob("vcvae*"))

@@ -486,7 +486,7 @@ def test_files_that_are_no_image_vae(small, tmp_path):
 
 def test_configurations_that_are_no_image_vae(small, tmp_path):
     save(small, tmp_path, {**FLUX, **SMALL, "_class_name": "AutoencoderKLHunyuanVideo"})
-    with pytest.raises(ValueError, match=r"config.json is of a AutoencoderKLHunyuanVideo, only an AutoencoderKL can be"):
+    with pytest.raises(ValueError, match=r"config.json is of AutoencoderKLHunyuanVideo, only an AutoencoderKL can be"):
         read_image_vae(tmp_path)
     odd = random_image_vae({**FLUX, **SMALL, "latent_channels": 6})
     save_file(odd.state_dict(), tmp_path / "odd.safetensors")

@@ -152,7 +152,7 @@ def _read_config(config_file: Path) -> dict:
     config = read_json(config_file)
     if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
         raise ValueError(
-            f"{config_file} is of a {config['_class_name']}, only an AutoencoderKL can be inflated: pass the "
+            f"{config_file} is of {config['_class_name']}, only an AutoencoderKL can be inflated: pass the "
             "folder or subfolder of one"
         )
     return {k: v for k, v in config.items() if not k.startswith("_")}

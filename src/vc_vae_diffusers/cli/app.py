@@ -81,12 +81,21 @@ class _ReportingGroup(TyperGroup):
         except _Terminated:
             code = _report("Terminated", "terminated by SIGTERM; no partial output was left", 143, as_json)
         except _UsageError as error:
+            _name_all_missing(error)
             if not as_json:
                 raise
             code = _report("UsageError", error.format_message(), 2, as_json)
         except Exception as error:
             code = _report_exception(error, as_json)
         raise typer.Exit(code)
+
+
+def _name_all_missing(error: Any) -> None:
+    """Where one word is given for `IN... OUT`, it was taken for OUT, though people mean IN."""
+    missing = getattr(error, "param", None)
+    if type(error).__name__ == "MissingParameter" and missing is not None and missing.nargs == -1:
+        arguments = [param for param in error.ctx.command.params if param.param_type_name == "argument"]
+        error.param_hint = " or ".join(f"'{param.metavar.strip('{}.')}'" for param in arguments)
 
 
 def _report_exception(error: Exception, as_json: bool) -> int:
