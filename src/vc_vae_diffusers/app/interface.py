@@ -338,7 +338,8 @@ class App:
             outputs = [status, shown, psnr, ssim, latents, motion, files, details]
             for button, name in zip(buttons, samples, strict=True):
                 button.click(self._taking(name), outputs=[source, start, status, go], show_progress="hidden")
-            source.upload(_READY.format, gr.State("file"), status, show_progress="hidden", queue=False)
+            # In the page, for an answer of the server might come after that to a click.
+            source.upload(None, None, status, js=f"() => {_READY.format('file')!r}")
             wish = [source, model, frames, side, tile, dtype, start]
             go.click(self.run, wish, outputs, show_progress="hidden", concurrency_limit=None, api_name="reconstruct")
             stop.click(self.cancel, outputs=status, show_progress="hidden", queue=False)
