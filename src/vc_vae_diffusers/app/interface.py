@@ -144,13 +144,13 @@ class App:
         """A visitor has closed the page."""
         self._end(request.session_hash)
 
-    def cancel(self, request: gr.Request) -> str:
-        """A visitor does not want to wait."""
+    def cancel(self, request: gr.Request) -> Any:
+        """A visitor does not want to wait. What was running says so itself: an answer from here might come after that."""
         session = self.sessions.get(request.session_hash or "")
         if session is None or not session.requests:
             return "Nothing is running."
         session.cancel()
-        return "Cancelling …"
+        return gr.skip()
 
     def take_sample(self, name: str, request: gr.Request) -> tuple[str, float]:
         """A sample's file and the second to begin at."""
