@@ -572,12 +572,14 @@ def test_demo(model, tmp_path, monkeypatch):
     monkeypatch.setattr(demo_module, "carried_clip", lambda: (carried, 0.2))
     result = run("demo", "--out", tmp_path / "out", "--num-frames", 9, "--model", model)
     assert "side_by_side.mp4" in result.stdout
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["reconstruction.mp4", "result.json", "side_by_side.mp4"]
+    names = ["picture.png", "reconstruction.mp4", "result.json", "side_by_side.mp4"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == names
     figures = json.loads((tmp_path / "out" / "result.json").read_text())
     assert (figures["frames"], figures["input"], figures["source"]) == (9, str(carried), "real video")
     assert "--out: " in run("demo", "--out", tmp_path / "out", "--num-frames", 9, "--model", model, code=1).stderr
     pair = read(tmp_path / "out" / "side_by_side.mp4")
     assert pair.shape == (1, 3, 9, 32, 128)
+    assert torch.equal(read(tmp_path / "out" / "picture.png")[:, :, 0], pair[:, :, 4])
     assert (pair[..., :64].float() - read(carried)[:, :, 5:14].float()).abs().mean() < 6
 
 
