@@ -14,7 +14,9 @@ import torch
 from safetensors import SafetensorError
 from video_files import encode, numbered_frames
 
-gr = pytest.importorskip("gradio", reason="needs gradio, of the extra app")
+pytest.importorskip("gradio", reason="needs gradio, of the extra app")
+
+import gradio as gr
 
 from vc_vae_diffusers.app import interface
 from vc_vae_diffusers.app.interface import App
