@@ -674,7 +674,7 @@ def test_a_missing_model_is_told_before_the_first_is_measured(videos, models, tm
     for source, message in (
         (
             "nobody-at-all/no-such-vae",
-            "could not be had from the hub (it cannot be reached, and nothing of it is in the cache)",
+            r"from the hub \(it cannot be reached, and nothing of it is in the cache\)",
         ),
         (str(tmp_path / "nope.py"), "there is no such file"),
         ("inflate:./nope.safetensors", "neither a folder here, nor a hub id"),

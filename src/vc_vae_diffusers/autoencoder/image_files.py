@@ -171,7 +171,7 @@ def load_weights(files: Sequence[Path], pickled: bool = False) -> WeightFile:
         if read is _read_pickled and not pickled:
             raise ValueError(
                 f"source is {path}, only safetensors files are read: convert it first, for example with "
-                "safetensors.torch.save_file(torch.load(path, weights_only=True), …), or, in Python, pass use_safetensors=False"
+                "safetensors.torch.save_file(torch.load(path, weights_only=True), …), or, in Python, use_safetensors=False"
             )
         part = read(path)
         whole.state |= part.state
