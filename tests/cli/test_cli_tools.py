@@ -91,7 +91,7 @@ def test_tables_leave_nothing_out_where_terminals_are_narrow(model, tmp_path, mo
         ("reconstruct", far.parent / "in.png", far, "--model", model),
     ):
         assert "…" not in run(*arguments).stdout
-    assert "│ 0-0 │" not in run("reconstruct", far, far.with_name("c.png"), "--model", model).stdout  # it is frame 0
+    assert " 0-0 │" not in run("reconstruct", far, far.with_name("c.png"), "--model", model).stdout  # it is frame 0
 
 
 def test_visualize_takes_one_clip(model, videos, tmp_path):
