@@ -80,6 +80,11 @@ def test_plan_says_what_to_pass(model):
     assert "--groups-per-chunk" in run("plan", "--height", 96, "--width", 128, "--model", model).stdout
 
 
+def test_help_shows_no_value_for_flags():
+    for command in ([], ["app"], ["reconstruct"], ["train"]):
+        assert "bool" not in run(*command, "--help").stdout.lower()
+
+
 def test_tables_leave_nothing_out_where_terminals_are_narrow(model, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
     far = tmp_path / ("a" * 30) / "b.png"
