@@ -32,7 +32,7 @@ ModelOption = Annotated[
         "--model",
         "-m",
         help="Folder or hub id of a VC-VAE; by default the small one in the package.",
-        callback=lambda name: None if name == BUNDLED else name,
+        callback=lambda name: None if name == BUNDLED and not Path(name).exists() else name,
     ),
 ]
 SubfolderOption = Annotated[
