@@ -15,6 +15,7 @@ $(VENV)/.installed: setup.cfg pyproject.toml
 
 demo: $(VENV)/.installed ## reconstruct a real video with the bundled model, into out/
 	$(BIN)/vcvae demo --out out --overwrite
+	@echo 'See out/picture.png. Then ". $(BIN)/activate" and "vcvae app", or "vcvae reconstruct YOURS.mp4 OUT.mp4 --compare BOTH.mp4".'
 
 # One thread a process: two processes whose threads wait for each other are far slower than either alone.
 test: $(VENV)/.installed ## run the tests

@@ -78,6 +78,7 @@ def test_the_demo_gives_a_picture(run, clone):
     pair, source = probe(clone / "out" / "side_by_side.mp4"), probe(clone / "out" / "reconstruction.mp4")
     assert (pair.num_frames, pair.width) == (4, 2 * source.width)
     assert result["psnr"] > 15
+    assert probe(clone / "out" / "picture.png").width == pair.width
     refused = run("vcvae", "demo", "--out", "out", "--num-frames", 4, code=1)
     assert "--overwrite" in refused.stderr
 

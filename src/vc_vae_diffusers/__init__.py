@@ -6,7 +6,6 @@ Names are imported at first use, as diffusers and transformers do: `import vc_va
 
 import importlib
 import logging
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
     from .autoencoder.image_vae import ImageVAE, inflate, read_image_vae
     from .generation.latte_transformer import LatteAdaLNTransformer3DModel
     from .generation.pipeline_latte import LatteVCVAEPipeline, LatteVCVAEUnconditionalPipeline
+    from .names import bundled_model_path
     from .operators import (
         CausalConv3d,
         CausalTDC,
@@ -46,6 +46,7 @@ _WHERE = {
     **dict.fromkeys(_OPERATORS, ".operators"),
     "LatteAdaLNTransformer3DModel": ".generation.latte_transformer",
     **dict.fromkeys(("LatteVCVAEPipeline", "LatteVCVAEUnconditionalPipeline"), ".generation.pipeline_latte"),
+    "bundled_model_path": ".names",
     "AutoVCVAEModel": ".publishing.auto",
     "VCVAEVideoProcessor": ".video_processor",
     "ModelMixin": "diffusers.models.modeling_utils",  # diffusers looks for it where a pipeline's component comes from
@@ -62,11 +63,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_WHERE})
-
-
-def bundled_model_path() -> Path:
-    """The folder of the small checkpoint that comes with the package."""
-    return Path(__file__).parent / "models" / "vcvae-tiny"
 
 
 __all__ = [

@@ -23,3 +23,8 @@ def has_bfloat16(device: torch.device | str) -> bool:
     if kind == "xpu":
         return torch.xpu.is_bf16_supported(including_emulation=False)
     return False
+
+
+def usable_processors() -> int:
+    """How many processors this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -6,11 +6,18 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+BUNDLED = "bundled"
+
 # What PyTorch, the system and oneDNN say on processors.
 _WANTED = re.compile(r"can't allocate memory: you tried to allocate (\d+) bytes")
 _SHORT = re.compile(r"allocate memory|could not (create|execute) a (primitive|memory|stream)|std::bad_alloc")
 _ACCESS = "log in with an account that may read it (`hf auth login`, or HF_TOKEN)"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def bundled_model_path() -> Path:
+    """The folder of the small checkpoint that comes with the package."""
+    return Path(__file__).parent / "models" / "vcvae-tiny"
 
 
 def check_model_name(option: str, name: str) -> None:
@@ -21,6 +28,18 @@ def check_model_name(option: str, name: str) -> None:
     """
     if not Path(name).exists() and not _HUB_ID.fullmatch(name):
         raise ValueError(f"{option}: {name} is neither a folder here nor a hub id (owner/name); check the path.")
+
+
+def model_place(option: str, name: str) -> str:
+    """The folder or hub id that a name of a VC-VAE means; "bundled" is the small one in the package everywhere.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    if name == BUNDLED and not Path(name).exists():
+        return str(bundled_model_path())
+    check_model_name(option, name)
+    return name
 
 
 def told(error: Exception) -> str:

@@ -95,6 +95,7 @@ def test_upload_run_wipe_download(visit, clip, tmp_path):
     page = visit()
     upload(page, clip)
     page.get_by_text("clip.mp4").wait_for()
+    status(page, "The file is there: reconstruct.")
     page.click("#go")
     assert "PSNR" in status(page, "Done")
     frame = player_of(page)
@@ -161,7 +162,7 @@ def test_a_sample_is_there_before_it_can_be_reconstructed(visit, monkeypatch):
     go_on.set()
     status(page, "The sample is there")
     page.click("#go")
-    assert "8 of" in status(page, "Done")
+    assert "frames 8, " in status(page, "Done")
 
 
 def test_frames_that_are_not_equally_far_apart_are_told_by_their_times(visit, tmp_path):
@@ -255,8 +256,8 @@ def test_two_visitors_do_not_mix_and_leave_nothing(visit, served, clip, tmp_path
         page.get_by_text(path.name).wait_for()
     first.click("#go")
     second.click("#go")
-    assert "10 of 64x32" in status(first, "Done")
-    assert "6 of 32x48" in status(second, "Done")
+    assert "10, 64x32" in status(first, "Done")
+    assert "6, 32x48" in status(second, "Done")
     assert player_of(first).evaluate("frames") == 10
     assert player_of(second).evaluate("frames") == 6
     box = second.query_selector("iframe.vcvae-player").bounding_box()

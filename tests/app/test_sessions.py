@@ -1,6 +1,10 @@
 """Visitors of the app, without a browser: what is cancelled, what fails, what stays of it."""
 
+import os
 import re
+import signal
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -11,6 +15,8 @@ from safetensors import SafetensorError
 from video_files import encode, numbered_frames
 
 pytest.importorskip("gradio", reason="needs gradio, of the extra app")
+
+import gradio as gr
 
 from vc_vae_diffusers.app import interface
 from vc_vae_diffusers.app.interface import App
@@ -57,7 +63,7 @@ def test_a_request_in_line_can_be_cancelled_and_others_go_on(app, clip):
     app._threads.submit(go_on.wait, 30)
     first, second = ask(app, clip, "a"), ask(app, clip, "b")
     assert next(first)[0] == next(second)[0] == "waiting …"
-    assert app.cancel(visitor("b")) == "Cancelling …"
+    assert app.cancel(visitor("b")) == gr.skip()  # its run says the rest, and whatever came after that would stay
     go_on.set()
     assert last_status(second) == "Cancelled."
     assert last_status(first).startswith("Done")
@@ -149,3 +155,18 @@ def test_sessions_end_when_they_are_idle_or_too_many(app, clip, monkeypatch):
     assert set(app.sessions) == {"d"}
     assert last_status(running).startswith("Done")
     assert len(folders(app)) == 1
+
+
+def test_the_command_says_where_the_page_is_and_ends_by_ctrl_c(tmp_path):
+    command = [sys.executable, "-m", "vc_vae_diffusers", "app", "--no-browser", "--device", "cpu"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as running:
+        try:
+            assert running.stderr.readline() == "The page is being made …\n"
+            assert re.fullmatch(r"The page is at http://127\.0\.0\.1:\d+/? until Ctrl-C\.\n", running.stderr.readline())
+            running.send_signal(signal.SIGINT)
+            out, err = running.communicate(timeout=60)
+        finally:
+            running.kill()
+    assert (running.returncode, out, err) == (0, "", "")
+    assert not list(tmp_path.glob("vcvae*"))

@@ -103,6 +103,12 @@ def test_an_image_stays_one(model, tmp_path):
     assert outcome.motion_picture is None
 
 
+def test_frames_that_were_left_out_are_told(model, clip, tmp_path):
+    twelve = encode(tmp_path / "12.mp4", numbered_frames(12, 16, 32), rate=12)
+    assert ask(Wish(twelve, model, num_frames=4), tmp_path / "few")[0].facts["frames"] == "4 of the file's 12, 32x16"
+    assert ask(Wish(twelve, model, num_frames=32), tmp_path / "all")[0].facts["frames"] == "12, 32x16"
+
+
 def test_frames_are_made_smaller_and_never_larger(model, clip, tmp_path):
     smaller, _ = ask(Wish(clip, model, num_frames=4, short_side=16), tmp_path / "smaller")
     assert min(smaller.width, smaller.height) == 16

@@ -295,7 +295,7 @@ def test_files_tell_what_they_belong_to(tmp_path, config, neighbour, metadata, n
     assert image_vae.config["scaling_factor"] == factor
     (assumption,) = image_vae.assumptions
     assert f"scaling_factor {factor}" in assumption
-    assert ("pass scaling_factor" in assumption) == (name == "unknown")
+    assert ("pass scaling_factor and shift_factor, or --scaling-factor" in assumption) == (name == "unknown")
 
 
 @pytest.mark.parametrize("wrapper", ["", "module.", "_orig_mod.", "module._orig_mod."])
@@ -322,7 +322,7 @@ def test_shards(small, tmp_path, safe):
     options = {} if safe else {"use_safetensors": False}
     assert_read(read_image_vae(tmp_path, **options), small)
     if not safe:
-        with pytest.raises(OSError, match="or use_safetensors=False to read its pickled weights"):
+        with pytest.raises(OSError, match="or, in Python, use_safetensors=False to read its pickled weights"):
             read_image_vae(tmp_path)
     shard = sorted(tmp_path.glob("*-00002-*"))[0]
     shard.unlink()
@@ -486,7 +486,7 @@ def test_files_that_are_no_image_vae(small, tmp_path):
 
 def test_configurations_that_are_no_image_vae(small, tmp_path):
     save(small, tmp_path, {**FLUX, **SMALL, "_class_name": "AutoencoderKLHunyuanVideo"})
-    with pytest.raises(ValueError, match=r"config.json is of a AutoencoderKLHunyuanVideo, only an AutoencoderKL can be"):
+    with pytest.raises(ValueError, match=r"config.json is of AutoencoderKLHunyuanVideo, only an AutoencoderKL can be"):
         read_image_vae(tmp_path)
     odd = random_image_vae({**FLUX, **SMALL, "latent_channels": 6})
     save_file(odd.state_dict(), tmp_path / "odd.safetensors")

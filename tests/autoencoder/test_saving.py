@@ -186,7 +186,7 @@ def test_folders_of_other_models_and_misspelt_arguments(make_vae, tmp_path, capl
     small = {"block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 4}
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
     AutoencoderKL(**small, **blocks).save_pretrained(tmp_path / "image")
-    with pytest.raises(ValueError, match="is of a AutoencoderKL, not of a AutoencoderKLVCVAE, call from_image_vae"):
+    with pytest.raises(ValueError, match="is of AutoencoderKL, not of AutoencoderKLVCVAE, call from_image_vae"):
         AutoencoderKLVCVAE.from_pretrained(tmp_path / "image")
     make_vae().save_pretrained(tmp_path / "video")
     AutoencoderKLVCVAE.from_pretrained(tmp_path / "video", torch_dtype=torch.float32, local_files_only=True)

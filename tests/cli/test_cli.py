@@ -27,7 +27,9 @@ from vc_vae_diffusers.cli import demo as demo_module
 from vc_vae_diffusers.cli import models as models_module
 from vc_vae_diffusers.cli.app import app
 from vc_vae_diffusers.coding import reconstruction as reconstruction_module
+from vc_vae_diffusers.evaluation.loading import _locate as place_in_evaluation
 from vc_vae_diffusers.metrics.frame import psnr, ssim
+from vc_vae_diffusers.training.any_vae import load_vae as load_any_vae
 from vc_vae_diffusers.video import VideoReader, VideoWriter, probe, samples, to_uint8, write_image
 
 ODD_RATE = Fraction(24000, 1001)
@@ -301,6 +303,8 @@ def test_wrong_calls_are_one_line_and_leave_nothing(model, clip, tmp_path):
     shutil.copy(clip, other)
     hard_link.hardlink_to(clip)
     empty.mkdir()
+    (shards := tmp_path / "shards").mkdir()
+    (shards / "latents-00000.tar").touch()
     for arguments, message in [
         (["reconstruct", tmp_path / "no.mp4", out, "-m", model], "does not exist"),
         (["reconstruct", tmp_path / "no*.mp4", out, "-m", model], "matches no file"),
@@ -318,7 +322,7 @@ def test_wrong_calls_are_one_line_and_leave_nothing(model, clip, tmp_path):
         (["reconstruct", clip, out, "-m", "./nope"], "neither a folder here nor a hub id"),
         (["reconstruct", clip, out, "-m", tmp_path], "has no config.json"),
         (["reconstruct", clip, out, "-m", clip], "is a file"),
-        (["reconstruct", clip, out, "-m", broken], "holds a AutoencoderKLWan"),
+        (["reconstruct", clip, out, "-m", broken], "holds AutoencoderKLWan, not"),
         (["reconstruct", clip, out, "-m", model, "--dtype", "int8"], "--dtype: 'int8'"),
         (["reconstruct", clip, out, "-m", model, "--device", "toaster"], "--device: 'toaster'"),
         (["reconstruct", clip, out, "-m", model, "--device", "cuda:99"], "--device: 'cuda:99'"),
@@ -330,6 +334,9 @@ def test_wrong_calls_are_one_line_and_leave_nothing(model, clip, tmp_path):
         (["decode", clip, out], "no readable safetensors file"),
         (["decode", tmp_path / "no.safetensors", out], "does not exist"),
         (["decode", next(model.glob("*.safetensors")), out], "make the file with `vcvae encode`"),
+        (["decode", shards, tmp_path / "videos"], f"holds shards; decode them one by one, as {shards / '….tar'}"),
+        (["reconstruct", "https://example.org/a.mp4", out, "-m", model], "is an address, and only files are read"),
+        (["stats", "--data", empty, "--model", "bundled", "--write"], "part of the installed package"),
         (["info", tmp_path / "nothing" / "here"], "neither a folder here nor"),
     ]:
         text = run(*arguments, code=1)
@@ -341,8 +348,18 @@ def test_wrong_calls_are_one_line_and_leave_nothing(model, clip, tmp_path):
         assert not leftovers(tmp_path)
 
 
+def test_bundled_names_the_bundled_model_everywhere(clip, tmp_path):
+    assert run_json("info", "bundled")["model"] == run_json("info")["model"] == "bundled"
+    latents = tmp_path / "latents.safetensors"
+    assert run_json("encode", clip, latents, "--num-frames", 1, "-m", "bundled")["model"] == "bundled"
+    assert run_json("decode", latents, tmp_path / "out.png", "-m", "bundled")["model"] == "bundled"
+    assert place_in_evaluation("bundled") == place_in_evaluation("vcvae-tiny")
+    assert load_any_vae("bundled").config.latent_channels == 16
+
+
 def test_usage_errors(clip):
-    assert "Missing argument" in run("reconstruct", clip, code=2).stderr
+    assert "Missing argument 'IN' or 'OUT'" in run("reconstruct", clip, code=2).stderr
+    assert "Missing argument 'OUT'" in run("export", "bundled", code=2).stderr
     assert "Missing argument" in run_json("reconstruct", clip, code=2)["error"]["message"]
     assert "--crf" in run("reconstruct", clip, "x.mp4", "--crf", 99, code=2).stderr
     assert "No such option" in run_json("reconstruct", clip, "x.mp4", "--fast", code=2)["error"]["message"]
@@ -555,12 +572,14 @@ def test_demo(model, tmp_path, monkeypatch):
     monkeypatch.setattr(demo_module, "carried_clip", lambda: (carried, 0.2))
     result = run("demo", "--out", tmp_path / "out", "--num-frames", 9, "--model", model)
     assert "side_by_side.mp4" in result.stdout
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["reconstruction.mp4", "result.json", "side_by_side.mp4"]
+    names = ["picture.png", "reconstruction.mp4", "result.json", "side_by_side.mp4"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == names
     figures = json.loads((tmp_path / "out" / "result.json").read_text())
     assert (figures["frames"], figures["input"], figures["source"]) == (9, str(carried), "real video")
     assert "--out: " in run("demo", "--out", tmp_path / "out", "--num-frames", 9, "--model", model, code=1).stderr
     pair = read(tmp_path / "out" / "side_by_side.mp4")
     assert pair.shape == (1, 3, 9, 32, 128)
+    assert torch.equal(read(tmp_path / "out" / "picture.png")[:, :, 0], pair[:, :, 4])
     assert (pair[..., :64].float() - read(carried)[:, :, 5:14].float()).abs().mean() < 6
 
 

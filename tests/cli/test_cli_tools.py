@@ -12,7 +12,7 @@ from vc_vae_diffusers import AutoencoderKLVCVAE
 from vc_vae_diffusers.cli.app import app
 from vc_vae_diffusers.report.visualize import tdc_layers
 from vc_vae_diffusers.training.latent_stats import measure_latents
-from vc_vae_diffusers.video import VideoWriter
+from vc_vae_diffusers.video import VideoWriter, write_image
 
 runner = CliRunner()
 
@@ -78,6 +78,25 @@ def test_plan_says_what_to_pass(model):
     assert result["memory"] == 16 * 10**9
     assert {estimate["operation"] for estimate in result["estimates"]} == {"encode", "decode"}
     assert "--groups-per-chunk" in run("plan", "--height", 96, "--width", 128, "--model", model).stdout
+
+
+def test_help_shows_no_value_for_flags():
+    for command in ([], ["app"], ["reconstruct"], ["train"]):
+        assert "bool" not in run(*command, "--help").stdout.lower()
+
+
+def test_tables_leave_nothing_out_where_terminals_are_narrow(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    far = tmp_path / ("a" * 30) / "b.png"
+    far.parent.mkdir()
+    write_image(far.parent / "in.png", torch.zeros(3, 16, 16))
+    for arguments in (
+        ("plan", "--height", 96, "--width", 128, "--model", model),
+        ("info", model),
+        ("reconstruct", far.parent / "in.png", far, "--model", model),
+    ):
+        assert "…" not in run(*arguments).stdout
+    assert " 0-0 │" not in run("reconstruct", far, far.with_name("c.png"), "--model", model).stdout  # it is frame 0
 
 
 def test_visualize_takes_one_clip(model, videos, tmp_path):

@@ -349,7 +349,7 @@ def test_files_that_do_not_fit_a_bucket_are_passed_over_but_are_not_unreadable(v
         health.add(vdata.collate([item]))
     assert health.unreadable == 0
     assert health.unsuitable >= 2
-    with pytest.raises(vdata.DataError, match="48x64, smaller than 64x64"):
+    with pytest.raises(vdata.DataError, match=r"48x64 \(height x width\), smaller than 64x64"):
         dataset[clip_plan.ClipRequest(0, 1, 0)]
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from tiny_models import tiny_vae
 from typer.testing import CliRunner
 from vae_runs import STAGE_1, STAGE_2
 
@@ -55,6 +57,20 @@ def test_help_explains_every_option_and_its_default(name, options, capsys):
     assert "(default: 1000)" in text or "(default: 500)" in text or "(default: 10000)" in text
 
 
+@pytest.mark.parametrize("name", ["vcvae", "latte", "image_vae"])
+def test_help_is_laid_out_for_people(name, capsys):
+    with pytest.raises(SystemExit):
+        program.main(name, ["--help"])
+    first, *lines = capsys.readouterr().out.splitlines()
+    command = f"vcvae train {name.replace('_', '-')}"
+    assert first == f"usage: {command} [--config FILE.yaml] [--OPTION VALUE ...]"
+    assert any(line.strip().startswith(f"{command} --") for line in lines)  # an example, on a line of its own
+    assert not any("default: None" in line or "default: []" in line for line in lines)
+    assert all("the same as --" in line for line in lines if line.lstrip().startswith("--no_"))
+    (steps,) = (line for line in lines if line.lstrip().startswith("--learning_rate"))
+    assert "--learning-rate" not in steps
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
@@ -94,6 +110,21 @@ def test_what_happens_to_one_process_is_said_by_it(capsys, monkeypatch):
     monkeypatch.setattr(program, "main", Mock(side_effect=KeyError("a bug")))
     with pytest.raises(KeyError):
         program.run("vcvae", [])
+
+
+@pytest.mark.skipif(shutil.which("taskset") is None, reason="needs taskset, to run on one processor")
+def test_clips_that_serve_no_bucket_are_one_line_though_workers_read_them(data, tmp_path):
+    tiny_vae().save_pretrained(tmp_path / "model")
+    command = [sys.executable, "-m", "vc_vae_diffusers", "train", "vcvae", "--model", tmp_path / "model", "--data", data]
+    command += ["--output", tmp_path / "out", "--buckets", "size=512 frames=8 fps=24 batch=1", "--num_workers", "2"]
+    command = ["taskset", "--cpu-list", str(min(os.sched_getaffinity(0))), *map(str, command), "--cpu", "--tracker", "none"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    said = [line for line in done.stderr.splitlines() if " INFO " not in line]
+    assert "--num_workers is 2, more than the processors (1)" in said[-2]
+    assert said[-1].startswith("Error: none of 100 files in a row serves bucket 512x512x8@24: ")
+    assert said[-1].endswith("train on fewer, smaller frames, or give other videos")
+    assert all(" WARNING " in line for line in said[:-1])
 
 
 def test_the_command_line_has_the_programs():

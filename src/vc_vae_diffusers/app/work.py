@@ -70,6 +70,7 @@ class Outcome:
     times: list[float]  # seconds of every frame, from 0
     scores: FrameScores = field(default_factory=FrameScores)
     facts: dict[str, Any] = field(default_factory=dict)
+    in_source: int | None = None  # frames of the whole source, where its container says
     latents_picture: Path | None = None
     motion_picture: Path | None = None
 
@@ -170,6 +171,7 @@ def carry_out(
         outcome.latents_picture = _save(draw_latents(_first_latents(LatentFile(latents))), folder / "latents.png")
         clock.check()
         outcome.motion_picture = _draw_motion(vae, wish, folder / "motion.png")
+    outcome.in_source = probe(wish.source, limits=limits.reading()).num_frames
     outcome.facts = _facts(vae, outcome, seconds, clock)
     return outcome
 
@@ -319,8 +321,9 @@ def _facts(vae: AutoencoderKLVCVAE, outcome: Outcome, seconds: float, clock: Clo
     pixels = 3 * outcome.frames * outcome.width * outcome.height
     shape = LatentFile(outcome.latents).shape[1:]
     numbers = torch.Size(shape).numel()
+    of_more = f" of the file's {outcome.in_source}" if outcome.frames < (outcome.in_source or 0) else ""
     facts = {
-        "frames": f"{outcome.frames} of {outcome.width}x{outcome.height}",
+        "frames": f"{outcome.frames}{of_more}, {outcome.width}x{outcome.height}",
         "latents": f"{'x'.join(map(str, shape))}, {pixels / numbers:.0f} times fewer numbers",
         "time": f"{seconds:.1f} s, {outcome.frames / seconds:.1f} frames/s on {vae.device.type} in "
         f"{str(vae.dtype).removeprefix('torch.')}",

@@ -135,7 +135,7 @@ def locate(source: str, subfolder: str | None, hub_options: dict) -> tuple[Path 
         if not place.unreachable:
             message = f"{source} has {folder or '.'}/config.json but no {weights_name}: pass variant=… or another folder"
             if not pickled and place.weights(folder, variant, ".bin"):
-                message += ", or use_safetensors=False to read its pickled weights"
+                message += ", or, in Python, use_safetensors=False to read its pickled weights"
             raise OSError(message)
     for folder in dict.fromkeys(("", *folders)):
         weights_file = place.fetch(_join(folder, BFL_FILE))
@@ -171,7 +171,7 @@ def load_weights(files: Sequence[Path], pickled: bool = False) -> WeightFile:
         if read is _read_pickled and not pickled:
             raise ValueError(
                 f"source is {path}, only safetensors files are read: convert it first, for example with "
-                "safetensors.torch.save_file(torch.load(path, weights_only=True), …), or pass use_safetensors=False"
+                "safetensors.torch.save_file(torch.load(path, weights_only=True), …), or, in Python, use_safetensors=False"
             )
         part = read(path)
         whole.state |= part.state

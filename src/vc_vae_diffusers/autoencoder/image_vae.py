@@ -152,7 +152,7 @@ def _read_config(config_file: Path) -> dict:
     config = read_json(config_file)
     if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
         raise ValueError(
-            f"{config_file} is of a {config['_class_name']}, only an AutoencoderKL can be inflated: pass the "
+            f"{config_file} is of {config['_class_name']}, only an AutoencoderKL can be inflated: pass the "
             "folder or subfolder of one"
         )
     return {k: v for k, v in config.items() if not k.startswith("_")}
@@ -228,7 +228,9 @@ def _guess_config(state: dict[str, torch.Tensor], source: str, told: _Family | N
     scaling_factor, shift_factor = family.scaling_factor, family.shift_factor
     others = ", ".join(f"{other.name}'s is {other.scaling_factor}" for other in families if other is not family)
     others = (
-        f"which the file tells, {others}" if told in families else f"{others}: pass scaling_factor and shift_factor then"
+        f"as the file tells; {others}"
+        if told in families
+        else f"{others}: pass scaling_factor and shift_factor, or --scaling-factor and --shift-factor, if it is that one's"
     )
     assumptions.append(
         f"no configuration came with the file: scaling_factor {scaling_factor} and shift_factor {shift_factor} of "

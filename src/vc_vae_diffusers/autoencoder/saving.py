@@ -67,7 +67,7 @@ class SavedModelMixin(PublishedModelMixin, ModelMixin, ConfigMixin):
         saved_class = config_dict.get("_class_name", cls.__name__)
         if saved_class != cls.__name__ and hasattr(diffusers, str(saved_class)):
             remedy = ", call from_image_vae to make a video VAE of it" if saved_class == "AutoencoderKL" else ""
-            raise ValueError(f"the configuration is of a {saved_class}, not of a {cls.__name__}{remedy}: check the path")
+            raise ValueError(f"the configuration is of {saved_class}, not of {cls.__name__}{remedy}: check the path")
         if kwargs.pop(_OF_WEIGHTS, False):
             _check_overrides(config_dict, kwargs, cls)
         return super().extract_init_dict(_without_stale_statistics(config_dict, kwargs), **kwargs)

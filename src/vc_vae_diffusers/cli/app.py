@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from vc_vae_diffusers import __version__
 
@@ -59,7 +59,26 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-class _ReportingGroup(TyperGroup):
+class _PlainFlags:
+    """Flags take no value, and `--help` shows none: typer would say `<bool>`."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        params = super().get_params(ctx)  # type: ignore[misc]
+        for param in params:
+            if getattr(param, "is_flag", False) and param.metavar is None:
+                param.metavar = ""
+        return params
+
+
+class _Command(_PlainFlags, TyperCommand):
+    pass
+
+
+class _Group(_PlainFlags, TyperGroup):
+    pass
+
+
+class _ReportingGroup(_Group):
     """Reports errors of every subcommand in one way: a line on stderr, or JSON on stdout with `--json`.
 
     Exit codes: 1 for what a user can put right, 2 for a wrong call, 70 for bugs, 130 when interrupted, 143 when terminated.
@@ -81,12 +100,21 @@ class _ReportingGroup(TyperGroup):
         except _Terminated:
             code = _report("Terminated", "terminated by SIGTERM; no partial output was left", 143, as_json)
         except _UsageError as error:
+            _name_all_missing(error)
             if not as_json:
                 raise
             code = _report("UsageError", error.format_message(), 2, as_json)
         except Exception as error:
             code = _report_exception(error, as_json)
         raise typer.Exit(code)
+
+
+def _name_all_missing(error: Any) -> None:
+    """Where one word is given for `IN... OUT`, it was taken for OUT, though people mean IN."""
+    missing = getattr(error, "param", None)
+    if type(error).__name__ == "MissingParameter" and missing is not None and missing.nargs == -1:
+        arguments = [param for param in error.ctx.command.params if param.param_type_name == "argument"]
+        error.param_hint = " or ".join(f"'{param.metavar.strip('{}.')}'" for param in arguments)
 
 
 def _report_exception(error: Exception, as_json: bool) -> int:
@@ -138,6 +166,6 @@ def vcvae(
 
 
 for command in (reconstruct, encode, decode, info, plan, visualize, evaluate, report, fetch_weights, stats, export, demo):
-    app.command()(command)
-app.command("app")(browser_app)
-app.add_typer(train, name="train")
+    app.command(cls=_Command)(command)
+app.command("app", cls=_Command)(browser_app)
+app.add_typer(train, name="train", cls=_Group)

@@ -9,7 +9,7 @@ import typer
 from ..extras import install_hint
 from .models import check_model
 from .options import DeviceOption, check_place, choose_device
-from .printing import warn
+from .printing import say, warn
 
 
 def browser_app(
@@ -39,6 +39,7 @@ def browser_app(
     check_place(device, "auto")
     for model in models or []:
         check_model(model, None)
+    say("The page is being made …")
     try:
         from ..app.interface import serve
     except ImportError as error:
@@ -50,4 +51,4 @@ def browser_app(
         warn(f"--host {host} lets strangers in, and --any-model lets them load what they name: add --only-these")
     offered = Models([BUNDLED, *(models or [])], choose_device(device), any_model)
     limits = Limits(max_frames, max_side, max_seconds, max_megabytes, max_megapixels, max_gigabytes)
-    serve(offered, limits, host, port, inbrowser=browser)
+    serve(offered, limits, host, port, lambda address: say(f"The page is at {address} until Ctrl-C."), inbrowser=browser)

@@ -45,6 +45,7 @@ def demo(
     files = {
         "reconstruction": out / "reconstruction.mp4",
         "side by side": out / "side_by_side.mp4",
+        "picture of it": out / "picture.png",
         "figures": out / "result.json",
     }
     carried = carried_clip()
@@ -53,6 +54,7 @@ def demo(
         check_output(path, overwrite, "--out")
 
     from ..coding.reconstruction import reconstruct_file
+    from ..video import read_clip, write_image
     from .quality import quality_table, summary_line
 
     vae = load_model(model, subfolder, device, dtype)
@@ -62,6 +64,7 @@ def demo(
         write_test_pattern(source, num_frames)
     with open_input(source, start=start, num_frames=num_frames) as reader, frame_progress("reconstruct") as progress:
         result = reconstruct_file(vae, reader, files["reconstruction"], files["side by side"], progress=progress)
+    write_image(files["picture of it"], read_clip(files["side by side"], start_frame=result["frames"] // 2, num_frames=1))
     kind = "real video" if carried else "test pattern"
     result = {"command": "demo", "model": model_name(model, subfolder), "source": kind, **result}
     write_json(files["figures"], result)

@@ -28,12 +28,11 @@ def export(
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise ValueError(f"OUT: {out} is not empty; pass --overwrite to replace the programs in it, or another folder.")
     make_folder(out / "x")
-    name = None if model == "bundled" else model
-    vae = load_model(name, subfolder, "cpu", "float32")
+    vae = load_model(model, subfolder, "cpu", "float32")
     from ..exporting.programs import DESCRIPTION, export_model
 
     made = export_model(vae, out, kind, progress=lambda program: say(f"{program} …"))  # type: ignore[arg-type]
-    result = {"command": "export", "model": model_name(name, subfolder), "output": str(out), **made}
+    result = {"command": "export", "model": model_name(model, subfolder), "output": str(out), **made}
     files = {program: out / facts["file"] for program, facts in made["programs"].items()}
     worst = max(facts["difference"] for facts in made["programs"].values())
     emit(result, as_json, files_table(files | {"description": out / DESCRIPTION}), f"at most {worst:.1e} off the model")

@@ -28,7 +28,7 @@ def fetch_weights(
 
     fetched = fetch(names or ("lpips", "i3d"), to, source=cast(Source, source), progress=say)
     rows = [{k: str(v) for k, v in asdict(entry).items()} for entry in fetched]
-    table = Table(*rows[0])
+    table = Table(*(name.replace("_", " ") for name in rows[0]))
     for row in rows:
         table.add_row(*row.values())
     emit({"command": "fetch-weights", "weights": rows}, as_json, table)

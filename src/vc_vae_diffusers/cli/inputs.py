@@ -91,6 +91,8 @@ def _expand(source: Path, files: frozenset[str]) -> list[Path]:
                 f"IN: {source} holds {len(taken)} videos and {len(images)} images; name what is meant, e.g. "
                 f"{source / ('*' + taken[0].suffix)}"
             )
+        if not taken and any(path.suffix == ".tar" for path in names):
+            raise ValueError(f"IN: {source} holds shards; decode them one by one, as {source / '….tar'}.")
         if not taken and not images:
             kinds = " or ".join([*([", ".join(sorted(files))] if files else []), "images"])
             raise ValueError(f"IN: {source} is a folder without {kinds}; check the path.")
@@ -100,6 +102,8 @@ def _expand(source: Path, files: frozenset[str]) -> list[Path]:
         if not matches:
             raise ValueError(f"IN: {source} matches no file; check the pattern.")
         return [source] if all(path.suffix.lower() in IMAGE_SUFFIXES for path in matches) else matches
+    if re.match(r"(https?|ftp|s3|gs):/", os.fspath(source)):
+        raise ValueError(f"IN: {source} is an address, and only files are read; download it, and give its path.")
     if not source.exists() and not re.search(r"%0?\d*d", source.name):
         raise ValueError(f"IN: {source} does not exist; check the path.")
     return [source]

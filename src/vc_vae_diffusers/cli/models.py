@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from vc_vae_diffusers import bundled_model_path
 
 from ..files import read_json
-from ..names import check_model_name, hub_problem
+from ..names import BUNDLED, hub_problem, model_place
 from .options import check_place, choose_device, choose_dtype, parse_tile
 
 if TYPE_CHECKING:
@@ -32,8 +32,7 @@ def check_model(model: str | None, subfolder: str | None) -> str:
         if subfolder:
             raise ValueError(f"--subfolder: {subfolder} belongs to a --model; pass both, or neither for the bundled model.")
         return str(bundled_model_path())
-    folder = Path(model)
-    check_model_name("--model", model)
+    folder = Path(model := model_place("--model", model))
     if not folder.exists():
         return model
     if folder.is_file():
@@ -63,7 +62,7 @@ def read_config(folder: Path) -> dict:
     found = config.get("_class_name") if isinstance(config, dict) else type(config).__name__
     if found != CLASS_NAME:
         raise ValueError(
-            f"--model: {folder} holds a {found}, not an {CLASS_NAME}; an image VAE becomes one by "
+            f"--model: {folder} holds {found}, not {CLASS_NAME}; an image VAE becomes one by "
             "`python convert_flux_weights.py`."
         )
     return config
@@ -119,4 +118,4 @@ def load_model(
 
 def model_name(model: str | None, subfolder: str | None = None) -> str:
     """How results name the model."""
-    return "bundled" if model is None else f"{model}/{subfolder}" if subfolder else model
+    return BUNDLED if model is None else f"{model}/{subfolder}" if subfolder else model

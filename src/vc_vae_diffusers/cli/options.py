@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..names import BUNDLED
+
 if TYPE_CHECKING:
     import torch
 
@@ -26,7 +28,12 @@ _DEVICE = re.compile(r"auto|cpu|mps|(cuda|xpu)(:\d+)?")
 
 ModelOption = Annotated[
     str | None,
-    typer.Option("--model", "-m", help="Folder or hub id of a VC-VAE; by default the small one in the package."),
+    typer.Option(
+        "--model",
+        "-m",
+        help="Folder or hub id of a VC-VAE; by default the small one in the package.",
+        callback=lambda name: None if name == BUNDLED and not Path(name).exists() else name,
+    ),
 ]
 SubfolderOption = Annotated[
     str | None, typer.Option("--subfolder", help="Folder inside the model's folder or repository, e.g. vae.")

@@ -39,10 +39,9 @@ def plan(
     with Console(stderr=True).status("estimating memory"):
         chosen = choose_plan(vae, padded_height, padded_width, num_frames, budget)
     result = {"command": "plan", "model": model_name(model, subfolder), **chosen.to_dict(), "fits": chosen.fits}
-    table = Table("operation", "runtime", "weights", "video", "cache", "activations", "peak")
-    for estimate in chosen.estimates:
-        parts = ("runtime", "weights", "video", "cache", "activations", "total")
-        table.add_row(estimate.operation, *(format_bytes(getattr(estimate, part)) for part in parts))
+    table = Table("memory", *(estimate.operation for estimate in chosen.estimates))
+    for part in ("runtime", "weights", "video", "cache", "activations", "total"):
+        table.add_row(part, *(format_bytes(getattr(estimate, part)) for estimate in chosen.estimates))
     tile = "no tiles" if chosen.tile is None else f"{chosen.tiles} tiles: --tile {chosen.tile[0]}x{chosen.tile[1]}"
     line = f"--groups-per-chunk {chosen.groups_per_chunk}, {tile}; {format_bytes(chosen.memory)} given"
     emit(result, as_json, table, line)

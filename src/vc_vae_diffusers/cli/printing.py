@@ -53,6 +53,8 @@ def emit(result: dict[str, Any], as_json: bool, *parts: Table | str) -> None:
         return
     console = Console()
     for part in parts:
+        for column in part.columns if isinstance(part, Table) else ():
+            column.overflow = "fold"  # a path that ends in … is no path
         console.print(part, highlight=False)
 
 

@@ -21,7 +21,8 @@ def quality_table(result: dict[str, Any]) -> Table:
     for column in ("frames", "PSNR (dB)", "SSIM"):
         table.add_column(column, justify="right")
     for row in result["ranges"]:
-        table.add_row(f"{row['start']}-{row['stop'] - 1}", *_cells(row))
+        first, last = row["start"], row["stop"] - 1
+        table.add_row(f"{first}-{last}" if first < last else f"{first}", *_cells(row))
     table.add_section()
     table.add_row("all", *_cells(result))
     return table

@@ -11,6 +11,7 @@ import torch
 
 from .. import bundled_model_path
 from ..autoencoder.autoencoder_kl_vcvae import AutoencoderKLVCVAE
+from ..names import BUNDLED as BUNDLED_NAME
 from ..names import hub_problem
 from .baselines import UserVAE, wrap_model
 from .reconstructor import Original, Reconstructor
@@ -107,7 +108,7 @@ def load_model(
 
 def _locate(source: str) -> tuple[str, str | None]:
     """The folder or repository, and the subfolder of it, that a source means."""
-    if source == BUNDLED:
+    if source in (BUNDLED, BUNDLED_NAME) and not Path(source).exists():
         return str(bundled_model_path()), None
     if source in PUBLISHED:
         return PUBLISHED[source]

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..autoencoder.autoencoder_kl_vcvae import AutoencoderKLVCVAE
 from ..autoencoder.frame_groups import repeat_frames
-from ..names import check_model_name
+from ..names import model_place
 
 # Modules of the parts that can be trained apart; a VAE has the quant convolutions or not.
 PARTS = {"encoder": ("encoder", "quant_conv"), "decoder": ("decoder", "post_quant_conv")}
@@ -28,7 +28,7 @@ def load_vae(path: str, subfolder: str | None = None) -> ModelMixin:
     Raises:
         ValueError: if there is no such folder, or neither this package nor diffusers has its class.
     """
-    check_model_name("--model", path)
+    path = model_place("--model", path)
     name = str(AutoencoderKLVCVAE.load_config(path, subfolder=subfolder)["_class_name"])
     vae_class = AutoencoderKLVCVAE if name == AutoencoderKLVCVAE.__name__ else getattr(diffusers, name, None)
     if vae_class is None:

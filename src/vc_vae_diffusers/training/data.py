@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import signal
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from ..hardware import usable_processors
 from ..video import (
     IMAGE_SUFFIXES,
     TIME_TOLERANCE,
@@ -235,7 +237,7 @@ class ClipReader:
     def unsuitable(self, info: VideoInfo, bucket: Bucket) -> str | None:
         """Return why the file cannot serve ``bucket``, or None."""
         if info.height < bucket.height or info.width < bucket.width:
-            return f"is {info.height}x{info.width}, smaller than {bucket.height}x{bucket.width}"
+            return f"is {info.height}x{info.width} (height x width), smaller than {bucket.height}x{bucket.width}"
         if bucket.num_frames == 1:
             return None
         if info.kind == "image":
@@ -396,7 +398,8 @@ def clip_item(clip: torch.Tensor, name: str, bucket: Bucket, seed: int, request:
 def no_candidate(bucket: Bucket, skipped: Sequence[Skip]) -> DataError:
     """The error for a bucket that nothing serves."""
     reasons = "; ".join(reason for reason, _ in Counter(skip.reason for skip in skipped).most_common(3))
-    return DataError(f"none of {len(skipped)} files in a row serves bucket {bucket}: {reasons}")
+    remedy = "" if all(skip.unreadable for skip in skipped) else "; train on fewer, smaller frames, or give other videos"
+    return DataError(f"none of {len(skipped)} files in a row serves bucket {bucket}: {reasons}{remedy}")
 
 
 def _on_screen(times: Sequence[Fraction], period: Fraction, moments: Sequence[Fraction]) -> list[int]:
@@ -432,6 +435,9 @@ def quiet_worker(worker_id: int) -> None:
 
 def clip_loader(dataset: Dataset, num_workers: int, device: torch.device, **options) -> DataLoader:
     """A DataLoader that starts without a draw from the random state that a checkpoint restored."""
+    if num_workers > (processors := usable_processors()):
+        logger.warning("--num_workers is %d, more than the processors (%d): fewer are as fast", num_workers, processors)
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)  # the same, twice and longer
     return DataLoader(
         dataset,
         num_workers=num_workers,

@@ -18,7 +18,7 @@ from ..autoencoder.checks import unknown_arguments
 from ..generation.diffusion_losses import DiffusionLoss, diffusion_schedule, learned_range_loss, min_snr_weight
 from ..generation.latte_transformer import LatteAdaLNTransformer3DModel, latte_size_config
 from ..generation.pipeline_latte import LatteVCVAEUnconditionalPipeline, normalize_latents
-from ..names import check_model_name
+from ..names import check_model_name, model_place
 from ..video import VideoWriter
 from ..video.suffixes import is_shards
 from . import data as clips
@@ -79,8 +79,8 @@ class LatteTrainer(Trainer):
             shards.list_shards(str(data.data)) if stored else clips.find_files(data.data, data.include, data.exclude)
         )
         self.health = clips.ReadHealth(data.max_unreadable)
-        check_model_name("--vae", config.model.vae)
-        vae = AutoencoderKLVCVAE.from_pretrained(config.model.vae, subfolder=config.model.vae_subfolder)
+        place = model_place("--vae", config.model.vae)
+        vae = AutoencoderKLVCVAE.from_pretrained(place, subfolder=config.model.vae_subfolder)
         check_size(vae, "--resolution", data.resolution)
         self.vae = vae.eval().requires_grad_(False).to(accelerator.device)
         self.cache: latent_cache.LatentCache | StoredLatents | None = None

@@ -11,6 +11,7 @@ import difflib
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
@@ -84,7 +85,15 @@ class Config:
             ValueError: in one line, for unknown options, wrong values and what :meth:`check` refuses.
         """
         groups: dict[str, Any] = {field.name: field.default_factory for field in dataclasses.fields(cls)}
-        parser = _Parser(list(groups.values()), description=sys.modules[cls.__module__].__doc__, allow_abbrev=False)
+        module = sys.modules[cls.__module__]
+        parser = _Parser(
+            list(groups.values()),
+            prog=f"vcvae train {module.__name__.rpartition('.')[2].removesuffix('_options').replace('_', '-')}",
+            usage="%(prog)s [--config FILE.yaml] [--OPTION VALUE ...]",
+            description=module.__doc__,
+            formatter_class=_Help,
+            allow_abbrev=False,
+        )
         parser.add_argument("--config", type=Path, help="YAML file of these options; the command line wins over it")
         base = parser.take_yaml(argv)
         *values, left = parser.parse_args_into_dataclasses(
@@ -137,6 +146,21 @@ class Config:
         for name in names:
             if self.flat()[name] < 1:
                 raise ValueError(f"--{name} is {self.flat()[name]}, but must be at least 1")
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Descriptions as they were written, every option by one name, defaults where there are some."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.const is False:
+            return f"the same as --{action.dest} false"
+        return action.help if action.default in (None, []) else super()._get_help_string(action)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        plain = copy(action)
+        spelled = [name for name in action.option_strings if "-" not in name[2:]]  # --from-image-vae is taken as well
+        plain.option_strings = spelled or action.option_strings
+        return super()._format_action_invocation(plain)
 
 
 class _Parser(HfArgumentParser):

@@ -5,8 +5,10 @@ Options are read first, by modules that need no PyTorch: a mistake there is said
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -16,6 +18,8 @@ from ..names import memory_short, told
 _OF_ALL = (ValueError, ImportError)
 _OF_ONE = {"DataError", "CheckpointError", "NonFiniteError", "VideoWriteError"}
 _DEAD_WORKER = "DataLoader worker"  # how PyTorch begins what it says of one
+# What PyTorch makes of an error in one: its traceback, then what it said.
+_IN_WORKER = re.compile(r"Caught (\w+) in DataLoader worker process \d+\.\n.*?\n(?:[\w.]+\.)?\1: (.*)", re.DOTALL)
 
 
 def main(name: str, argv: Sequence[str]) -> None:
@@ -37,8 +41,10 @@ def run(name: str, argv: Sequence[str]) -> int:
             raise
         if rank == "0" or not of_all:
             print(f"Error{'' if rank == '0' else f' on process {rank}'}: {_message(error)}", file=sys.stderr)
-        return 1
-    return 0
+    else:
+        return 0
+    gc.collect()  # an error of a worker holds the workers in a cycle; ended at exit only, they would print a traceback
+    return 1
 
 
 def _may_happen_to_one(error: Exception) -> bool:
@@ -53,4 +59,6 @@ def _message(error: Exception) -> str:
         return (
             f"{str(error).splitlines()[0].rstrip('. ')}. If memory ran out, use fewer --num_workers; the same call goes on."
         )
+    if caught := _IN_WORKER.match(str(error)):
+        return caught[2].strip()
     return told(error)

@@ -1,7 +1,7 @@
 """Train VC-VAE, or fine-tune any diffusers video VAE, by the paper's two-stage recipe (Sec. 4.1, Table 7).
 
-    vcvae train vcvae --config examples/configs/stage1.yaml --data DIR --output DIR
-    accelerate launch examples/train_vcvae.py --config examples/configs/stage1.yaml --data DIR --output DIR
+    vcvae train vcvae --config examples/configs/stage1.yaml --model VAE --data DIR --output DIR
+    accelerate launch examples/train_vcvae.py --config examples/configs/stage1.yaml --model VAE --data DIR --output DIR
 
 Values come from the defaults below, then from the YAML file, then from the command line. A run that was stopped, killed or
 interrupted goes on from its last checkpoint when the same command is given again, and gives the weights that an unbroken run
