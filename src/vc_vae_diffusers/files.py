@@ -27,8 +27,10 @@ def read_text(path: Path) -> str:
     """What a text file says.
 
     Raises:
-        ValueError: for one that holds something else.
+        ValueError: for one that holds something else, and for pipes and devices, which may not end.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ValueError(f"{path} is a device, a pipe or a socket; pass a file")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from vc_vae_diffusers import __version__
 
@@ -34,6 +34,7 @@ from .train import train
 from .visualize import visualize
 
 _UsageError: Any = typer.BadParameter.__mro__[1]  # typer carries click inside, or uses the one installed, by version
+_LARGEST = {"seed": 2**63}  # beyond which an option makes no sense; of all others 2**31
 _OUT_OF_MEMORY = "use --tile, a smaller --dtype or --groups-per-chunk, or --resize"
 
 
@@ -57,6 +58,18 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+class _Command(TyperCommand):
+    """Refuses numbers that no video, machine or person means, which would overflow somewhere inside; NaN among them."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        left = super().parse_args(ctx, args)
+        for param in self.params:
+            value, largest = ctx.params.get(param.name), _LARGEST.get(param.name or "", 2**31)
+            if isinstance(value, int | float) and not abs(value) < largest:
+                raise typer.BadParameter(f"{value} must be a number below {largest}", ctx=ctx, param=param)
+        return left
 
 
 class _ReportingGroup(TyperGroup):
@@ -138,6 +151,6 @@ def vcvae(
 
 
 for command in (reconstruct, encode, decode, info, plan, visualize, evaluate, report, fetch_weights, stats, export, demo):
-    app.command()(command)
-app.command("app")(browser_app)
+    app.command(cls=_Command)(command)
+app.command("app", cls=_Command)(browser_app)
 app.add_typer(train, name="train")
