@@ -29,6 +29,9 @@ def test_files_that_are_no_text_or_no_json_are_named(tmp_path):
     path.write_text("{", encoding="utf-8")
     with pytest.raises(ValueError, match=r"clip.mp4 is no JSON \(Expecting"):
         files.read_json(path)
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(ValueError, match=r"pipe\.json is a device, a pipe or a socket"):
+        files.read_json(tmp_path / "pipe.json")
 
 
 def mode(path) -> int:

@@ -23,16 +23,23 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
+def check_plain(path: Path) -> None:
+    """Raises ValueError for pipes, devices and sockets: reading one may never end, or give something else later."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ValueError(f"{path} is a device, a pipe or a socket; pass a file")
+
+
 def read_text(path: Path) -> str:
     """What a text file says.
 
     Raises:
-        ValueError: for one that holds something else, and for pipes and devices, which may not end.
+        ValueError: for one that holds something else.
     """
-    if path.exists() and not path.is_file() and not path.is_dir():
-        raise ValueError(f"{path} is a device, a pipe or a socket; pass a file")
+    check_plain(path)
     try:
         return path.read_text(encoding="utf-8")
+    except OSError as error:  # while reading it comes without a name
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text") from error
 

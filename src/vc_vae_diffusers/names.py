@@ -9,7 +9,8 @@ from pathlib import Path
 # What PyTorch, the system and oneDNN say on processors.
 _WANTED = re.compile(r"can't allocate memory: you tried to allocate (\d+) bytes")
 _SHORT = re.compile(
-    r"allocate memory|Storage size calculation overflowed|could not (create|execute) a (primitive|memory|stream)|std::bad_alloc"
+    r"allocate memory|could not (create|execute) a (primitive|memory|stream)|std::bad_alloc"
+    r"|Storage size calculation overflowed"
 )
 _ACCESS = "log in with an account that may read it (`hf auth login`, or HF_TOKEN)"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")

@@ -147,12 +147,13 @@ def run_jobs(
     """
     from ..video import VideoWriteError
 
+    for job in jobs:
+        make_folder(job.out)
+        if job.compare is not None:
+            make_folder(job.compare, "--compare")
     results, failed = [], []
     for job in jobs:
         try:
-            make_folder(job.out)
-            if job.compare is not None:
-                make_folder(job.compare, "--compare")
             result = {"command": command, **work(job)}
         except (ValueError, OSError, VideoWriteError) as error:
             if job.alone:

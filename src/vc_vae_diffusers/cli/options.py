@@ -194,8 +194,8 @@ def check_output(path: Path, overwrite: bool, option: str = "OUT") -> None:
     """
     if path.is_dir():
         raise ValueError(f"{option}: {path} is a folder; pass a file name.")
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{option}: {path} is a device, a pipe or a socket; pass a file name.")
+    if os.path.lexists(path) and not path.is_file():
+        raise ValueError(f"{option}: {path} is a device, a pipe, a socket or a broken link; pass a file name.")
     if path.exists() and not overwrite:
         raise ValueError(f"{option}: {path} exists; pass --overwrite to replace it, or another name.")
 
