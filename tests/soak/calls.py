@@ -18,7 +18,7 @@ from vc_vae_diffusers.cli.app import app
 # Groups of words; F is a folder of `prepare`. Outputs go into F/out.
 MODEL = "--model F/model | --device cpu"
 CALLS = {
-    "reconstruct": f"F/video.mkv | F/out/a.mkv | {MODEL}",
+    "reconstruct": f"F/video.mkv | F/out/a.mp4 | {MODEL}",
     "encode": f"F/video.mkv | F/out/a.safetensors | {MODEL}",
     "decode": f"F/in.safetensors | F/out/a.mp4 | {MODEL}",
     "info": "F/model",

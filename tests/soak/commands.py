@@ -40,6 +40,8 @@ def start(words: list[str], log: str | Path = os.devnull, before: Callable[[], N
         app(words)
     except SystemExit as done:
         code = int(done.code or 0)
+    except KeyboardInterrupt:  # before the command had begun
+        code = 130
     finally:
         os._exit(code)
 

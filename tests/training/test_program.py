@@ -116,6 +116,12 @@ def test_what_happens_to_one_process_is_said_by_it(capsys, monkeypatch):
         assert capsys.readouterr().err.startswith(said)
     monkeypatch.setattr(program, "main", Mock(side_effect=KeyboardInterrupt))
     assert program.run("vcvae", []) == 130
+    monkeypatch.setenv("RANK", "0")
+    assert program.run("vcvae", []) == 130
+    assert capsys.readouterr().err == "Error: interrupted; the same command goes on from the last checkpoint\n"
+    for stopped_by, code in ((0, 0), (2, 130), (15, 143)):
+        monkeypatch.setattr(program, "main", Mock(return_value=stopped_by))
+        assert program.run("vcvae", []) == code
     monkeypatch.setattr(program, "main", Mock(side_effect=KeyError("a bug")))
     with pytest.raises(KeyError):
         program.run("vcvae", [])

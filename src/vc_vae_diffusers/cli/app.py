@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import threading
 import traceback
@@ -16,6 +17,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from vc_vae_diffusers import __version__
 
+from ..files import remove_unfinished
 from ..names import memory_short, told
 from .browser_app import browser_app
 from .decode import decode
@@ -47,17 +49,35 @@ def _terminate(signum: int, frame: FrameType | None) -> None:
     raise _Terminated
 
 
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    signal.signal(signum, _give_up)
+    raise KeyboardInterrupt
+
+
+def _give_up(signum: int, frame: FrameType | None) -> None:
+    """Whoever interrupts twice waits for nothing more."""
+    remove_unfinished()
+    os.write(2, b"\nError: interrupted twice; no partial output was left\n")
+    os._exit(130)
+
+
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM ends a run as an exception does, so that partial files are removed; a second one does not cut that short."""
+def _stoppable() -> Iterator[None]:
+    """SIGINT and SIGTERM end a run as an exception does, so that partial files are removed.
+
+    A second SIGTERM does not cut that short; a second SIGINT removes them itself and ends the process at once.
+    """
+    handlers = {signal.SIGTERM: _terminate}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has it ignored
+        handlers[signal.SIGINT] = _interrupt
     if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, _terminate)
+        handlers = {}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Command(TyperCommand):
@@ -65,6 +85,7 @@ class _Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         left = super().parse_args(ctx, args)
+        param: Any
         for param in self.params:
             value, largest = ctx.params.get(param.name), _LARGEST.get(param.name or "", 2**31)
             if isinstance(value, int | float) and not abs(value) < largest:
@@ -85,7 +106,7 @@ class _ReportingGroup(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         as_json = ctx.meta["json"]
         try:
-            with _terminable():
+            with _stoppable():
                 return super().invoke(ctx)
         except (typer.Exit, typer.Abort):
             raise

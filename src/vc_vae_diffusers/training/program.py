@@ -18,18 +18,20 @@ _OF_ONE = {"DataError", "CheckpointError", "NonFiniteError", "VideoWriteError"}
 _DEAD_WORKER = "DataLoader worker"  # how PyTorch begins what it says of one
 
 
-def main(name: str, argv: Sequence[str]) -> None:
-    """Read the options of the program ``name`` (vcvae, latte, image_vae) and train by them."""
+def main(name: str, argv: Sequence[str]) -> int:
+    """Read the options of the program ``name`` (vcvae, latte, image_vae) and train by them, to the end or a signal."""
     config = importlib.import_module(f"{__package__}.{name}_options").Config.parse(argv)
-    importlib.import_module(f"{__package__}.{name}").train(config)
+    return importlib.import_module(f"{__package__}.{name}").train(config)
 
 
 def run(name: str, argv: Sequence[str]) -> int:
-    """Do :func:`main` and return the exit code: 1 for what a user can put right, 130 when interrupted."""
+    """Do :func:`main` and return the exit code: 1 for what a user can put right, 130 or 143 when stopped by a signal."""
     rank = os.environ.get("RANK", "0")
     try:
-        main(name, argv)
+        stopped_by = main(name, argv)
     except KeyboardInterrupt:
+        if rank == "0":
+            print("Error: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     except Exception as error:
         of_all = isinstance(error, _OF_ALL)
@@ -38,7 +40,7 @@ def run(name: str, argv: Sequence[str]) -> int:
         if rank == "0" or not of_all:
             print(f"Error{'' if rank == '0' else f' on process {rank}'}: {_message(error)}", file=sys.stderr)
         return 1
-    return 0
+    return 128 + stopped_by if stopped_by else 0
 
 
 def _may_happen_to_one(error: Exception) -> bool:
