@@ -129,8 +129,13 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
             yield partial
             follow_umask(partial)
             os.replace(partial, path)
+    except OSError as error:
+        if error.filename is None or not _PARTIAL.fullmatch(Path(os.fsdecode(error.filename)).name):
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error  # which is the name that was asked for
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # gone or closed with its folder, as the error on its way says
+            partial.unlink()
         _UNFINISHED.discard(partial)
 
 

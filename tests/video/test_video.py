@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from fractions import Fraction
 from pathlib import Path
+from unittest.mock import Mock
 
 import av
 import numpy as np
@@ -465,3 +466,15 @@ def test_write_image(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         write_image(tmp_path / "no" / "a.png", image)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jpg", "a.png", "b.png"]
+
+
+def test_a_file_that_goes_away_or_is_closed_is_an_error_of_reading(tmp_path, monkeypatch):
+    path = encode(tmp_path / "a.mp4", numbered_frames(20))
+    with VideoReader(path, start=3, chunk_frames=2) as reader:
+        path.rename(tmp_path / "b.mp4")
+        with pytest.raises(VideoReadError, match=r"a\.mp4: cannot be read \(No such file or directory\)\. Check the path"):
+            list(reader)
+    path = tmp_path / "b.mp4"
+    monkeypatch.setattr(Path, "open", Mock(side_effect=PermissionError(13, "Permission denied", str(path))))
+    with pytest.raises(VideoReadError, match=r"b\.mp4: cannot be read \(Permission denied\)"):
+        VideoReader(path)

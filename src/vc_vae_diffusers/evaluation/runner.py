@@ -266,6 +266,10 @@ def _measure_all(
     state.wait_for_everyone()
     if state.is_main_process and not journal.measured():  # nothing that another run could go on with
         _remove_journals(out, [variant.label])
+    if lost := [sample.name for sample in samples if sample.name not in records]:
+        raise OSError(
+            f"{journal.folder} lost {len(lost)} records while the run went on; the same command measures them again"
+        )
     return [records[sample.name] for sample in samples]
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from typing import Literal, overload
@@ -19,6 +21,16 @@ class VideoReadError(ValueError):
 
     def __init__(self, path: PathLike, problem: str, remedy: str):
         super().__init__(f"{os.fspath(path)}: {problem}. {remedy}")
+
+
+@contextmanager
+def system_errors(path: PathLike) -> Iterator[None]:
+    """What the system says of a file that went away or is closed to this user, as what reading says of all others."""
+    try:
+        yield
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror or error})"
+        raise VideoReadError(path, problem, "Check the path and its permissions.") from error
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from .info import TIME_TOLERANCE, PathLike, ReadLimits, VideoInfo, VideoReadError, exact_fraction
+from .info import TIME_TOLERANCE, PathLike, ReadLimits, VideoInfo, VideoReadError, exact_fraction, system_errors
 from .pixels import Size, check_size, cropped, resize_and_crop, resized
 from .sources import Picture, open_source
 
@@ -182,13 +182,15 @@ class VideoReader:
     def _timed_chunks(self) -> Generator[tuple[torch.Tensor, list[Fraction]], None, None]:
         pictures = self._pictures()
         try:
-            while batch := [
-                (self._finish(picture), time) for picture, time in itertools.islice(pictures, self._chunk_frames)
-            ]:
+            while batch := self._batch(pictures):
                 chunk = torch.stack([frame for frame, _ in batch], dim=1)
                 yield (chunk[None] if self._batch_dim else chunk), [time for _, time in batch]
         finally:
             pictures.close()
+
+    def _batch(self, pictures: Iterator[tuple[Picture, Fraction]]) -> list[tuple[torch.Tensor, Fraction]]:
+        with system_errors(self.info.path):
+            return [(self._finish(picture), time) for picture, time in itertools.islice(pictures, self._chunk_frames)]
 
     def _pictures(self) -> Generator[tuple[Picture, Fraction], None, None]:
         """The pictures of the range, at the rate asked for, each with its output time."""

@@ -25,7 +25,7 @@ from av.video.reformatter import VideoReformatter
 
 from .colour import HDR_TRANSFERS, bit_depth, color_matrix, composite, frame_to_rgb, full_range, has_alpha, orient
 from .decoding import Decoding, frame_index, open_container, picture_streams
-from .info import TIME_TOLERANCE, PathLike, ReadLimits, VideoInfo, VideoReadError
+from .info import TIME_TOLERANCE, PathLike, ReadLimits, VideoInfo, VideoReadError, system_errors
 from .stills import read_image
 from .suffixes import IMAGE_SUFFIXES
 
@@ -191,6 +191,13 @@ def open_source(
     Raises:
         VideoReadError: for anything that is missing, empty, damaged, too large or has no pictures.
     """
+    with system_errors(path):
+        return _open_source(path, background, sequence_fps, threads, limits)
+
+
+def _open_source(
+    path: Path, background: Sequence[int], sequence_fps: Fraction, threads: int, limits: ReadLimits
+) -> FileSource | ImageSource:
     paths = _sequence_paths(path)
     if paths is not None or path.suffix.lower() in IMAGE_SUFFIXES or _is_iso_still(path):
         info = _image_info(paths or [path], os.fspath(path), "image" if paths is None else "sequence", sequence_fps, limits)

@@ -158,7 +158,9 @@ class VideoWriter:
                 self._write_frame(rgb, None if times is None else times[index])
         except (av.FFmpegError, OSError) as error:
             self.abort()
-            raise VideoWriteError(f"{self.path}: writing failed at frame {self.num_frames} ({error}).") from error
+            raise VideoWriteError(
+                f"{self.path}: writing failed at frame {self.num_frames} ({error.strerror or error})."
+            ) from error
 
     def _write_frame(self, rgb: torch.Tensor, time: Fraction | None) -> None:
         height, width = rgb.shape[1:]
@@ -295,7 +297,7 @@ class VideoWriter:
             self._file.close()
         except (av.FFmpegError, OSError) as error:
             self.abort()
-            raise VideoWriteError(f"{self.path}: the file could not be finished ({error}).") from error
+            raise VideoWriteError(f"{self.path}: the file could not be finished ({error.strerror or error}).") from error
         finally:
             self._release()
 
