@@ -13,6 +13,7 @@ import time
 from fractions import Fraction
 from functools import partialmethod
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -647,3 +648,12 @@ app(sys.argv[1:])
     )
     assert "Traceback" not in done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"in.mkv", "model"}
+
+
+def test_another_process_that_ended_is_said_in_one_line(model, clip, tmp_path, monkeypatch):
+    gone = RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:4. GLHF!")
+    monkeypatch.setattr(models_module, "choose_device", Mock(side_effect=gone))
+    told = run("encode", clip, tmp_path / "a.safetensors", "-m", model, code=1).stderr
+    assert told.splitlines() == [
+        "Error: another process of this run has ended, and its own lines say why; then start the same command again"
+    ]

@@ -92,6 +92,19 @@ def test_buckets_come_in_proportion_to_their_weights(mixed):
     assert orders[0] != orders[1]
 
 
+def test_shares_are_exact_over_a_thousand_steps_and_no_bucket_loses_its_only_one():
+    even = clip_plan.ClipPlan(clip_plan.parse_buckets(["size=32 frames=4,8 fps=0 batch=1"]), seed=0)
+    assert Counter(even.bucket_of(step)[0] for step in range(1000)) == {0: 500, 1: 500}
+    lines = ["size=32 frames=4 fps=0 batch=1 weight=1", "size=32 frames=8,12,16 fps=0 batch=1 weight=1e-9"]
+    rare = clip_plan.ClipPlan(clip_plan.parse_buckets(lines), seed=0)
+    assert Counter(rare.bucket_of(step)[0] for step in range(1000)) == {0: 997, 1: 1, 2: 1, 3: 1}
+
+
+def test_a_share_that_is_not_whole_is_told_before_the_first_step(mixed):
+    with pytest.raises(ValueError, match="divisible by the 3 processes"):
+        clip_plan.ClipBatchSampler(clip_plan.ClipPlan(mixed, seed=0), 0, 1, num_processes=3)
+
+
 def test_every_clip_of_a_bucket_has_an_ordinal_of_its_own_without_gaps(mixed):
     plan = clip_plan.ClipPlan(mixed, seed=0)
     seen: dict[int, list[int]] = {}

@@ -105,6 +105,9 @@ def test_what_happens_to_one_process_is_said_by_it(capsys, monkeypatch):
         (OSError("the disk is gone"), "Error on process 1: the disk is gone\n"),
         (DataError("nothing to read"), "Error on process 1: nothing to read\n"),
         (torch.OutOfMemoryError("CUDA out of memory.\nmore"), "Error on process 1: CUDA out of memory. Make micro-batches"),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:5] Connection closed by peer"), "Error on process 1: another process of"),
+        (torch.distributed.DistBackendError("NCCL error"), "Error on process 1: another process of this run has ended"),
+        (RuntimeError("can't start new thread"), "Error on process 1: out of memory, as it seems: can't start new thread."),
         (MemoryError(), "Error on process 1: out of memory. Make micro-batches"),
         (
             RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),

@@ -20,6 +20,7 @@ from vc_vae_diffusers.video import (
     VideoWriteError,
     VideoWriter,
     colour,
+    decoding,
     from_uint8,
     probe,
     read_clip,
@@ -478,3 +479,21 @@ def test_a_file_that_goes_away_or_is_closed_is_an_error_of_reading(tmp_path, mon
     monkeypatch.setattr(Path, "open", Mock(side_effect=PermissionError(13, "Permission denied", str(path))))
     with pytest.raises(VideoReadError, match=r"b\.mp4: cannot be read \(Permission denied\)"):
         VideoReader(path)
+
+
+def test_a_machine_without_threads_or_memory_is_not_the_files_fault(tmp_path, monkeypatch):
+    path = encode(tmp_path / "a.mp4", numbered_frames(4))
+    no_thread = av.error.BlockingIOError(11, "Resource temporarily unavailable")
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "frame_to_rgb", Mock(side_effect=no_thread))
+        with pytest.raises(MemoryError, match=r"out of memory, as it seems: no memory or thread is left for .*a\.mp4"):
+            read_all(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(decoding.av, "open", Mock(side_effect=no_thread))
+        with pytest.raises(MemoryError, match=r"left for .*a\.mp4"):
+            read_all(path)
+    writer = VideoWriter(tmp_path / "b.mp4", 25)
+    monkeypatch.setattr(writer, "_write_frame", Mock(side_effect=OSError(12, "Cannot allocate memory")))
+    with pytest.raises(MemoryError, match=r"left for .*b\.mp4"), writer:
+        writer.write(numbered(1))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]

@@ -18,7 +18,7 @@ from typer.core import TyperCommand, TyperGroup
 from vc_vae_diffusers import __version__
 
 from ..files import remove_unfinished
-from ..names import memory_short, told
+from ..names import memory_short, peer_gone, told
 from .browser_app import browser_app
 from .decode import decode
 from .demo import demo
@@ -128,6 +128,8 @@ def _report_exception(error: Exception, as_json: bool) -> int:
     kind = type(error).__name__
     if short := memory_short(error):
         return _report("OutOfMemoryError", f"{short}; {_OUT_OF_MEMORY}", 1, as_json)
+    if gone := peer_gone(error):
+        return _report(kind, gone, 1, as_json)
     if isinstance(error, (ValueError, OSError, ImportError)) or kind in ("VideoWriteError", "DataError"):
         return _report(kind, told(error), 1, as_json)
     traceback.print_exception(error)

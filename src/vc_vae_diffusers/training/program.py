@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from ..names import memory_short, told
+from ..names import memory_short, peer_gone, told
 
 # What a user can put right. Every process has the first ones; the others, some by name, may happen to one alone.
 _OF_ALL = (ValueError, ImportError)
@@ -45,7 +45,8 @@ def run(name: str, argv: Sequence[str]) -> int:
 
 def _may_happen_to_one(error: Exception) -> bool:
     known = isinstance(error, OSError) or type(error).__name__ in _OF_ONE
-    return known or memory_short(error) is not None or str(error).startswith(_DEAD_WORKER)
+    others = memory_short(error) or peer_gone(error)
+    return known or others is not None or str(error).startswith(_DEAD_WORKER)
 
 
 def _message(error: Exception) -> str:
@@ -55,4 +56,4 @@ def _message(error: Exception) -> str:
         return (
             f"{str(error).splitlines()[0].rstrip('. ')}. If memory ran out, use fewer --num_workers; the same call goes on."
         )
-    return told(error)
+    return peer_gone(error) or told(error)

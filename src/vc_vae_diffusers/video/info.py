@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,18 @@ class VideoReadError(ValueError):
 
     def __init__(self, path: PathLike, problem: str, remedy: str):
         super().__init__(f"{os.fspath(path)}: {problem}. {remedy}")
+
+
+def check_machine(path: PathLike, error: Exception, *numbers: int) -> None:
+    """Raises MemoryError for an error that says of the machine, and not of the file, that it has no thread or memory left.
+
+    Args:
+        path: of the file that was at work.
+        error: of FFmpeg.
+        numbers: that say so; EAGAIN always does: threads that could not be started.
+    """
+    if getattr(error, "errno", None) in (errno.EAGAIN, *numbers):
+        raise MemoryError(f"out of memory, as it seems: no memory or thread is left for {os.fspath(path)}") from error
 
 
 @contextmanager

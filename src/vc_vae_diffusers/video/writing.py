@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -20,7 +21,7 @@ from .audio import AudioCopy
 from .colour import EncoderColours
 from .decoding import file_url
 from .gif import GifPalette, set_last_delay
-from .info import PathLike, exact_fraction
+from .info import PathLike, check_machine, exact_fraction
 from .pixels import to_uint8
 from .stills import check_folder
 from .suffixes import WRITABLE_VIDEO_SUFFIXES
@@ -158,6 +159,7 @@ class VideoWriter:
                 self._write_frame(rgb, None if times is None else times[index])
         except (av.FFmpegError, OSError) as error:
             self.abort()
+            check_machine(self.path, error, errno.ENOMEM)
             raise VideoWriteError(
                 f"{self.path}: writing failed at frame {self.num_frames} ({error.strerror or error})."
             ) from error
@@ -297,6 +299,7 @@ class VideoWriter:
             self._file.close()
         except (av.FFmpegError, OSError) as error:
             self.abort()
+            check_machine(self.path, error, errno.ENOMEM)
             raise VideoWriteError(f"{self.path}: the file could not be finished ({error.strerror or error}).") from error
         finally:
             self._release()
