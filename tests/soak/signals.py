@@ -49,7 +49,7 @@ def disturb(words: list[str], after: float, signals: list[signal.Signals], log: 
     """Run a command and send it signals, the later ones within a tenth of a second; returns its exit code."""
     process = start(words, log)
     for number in signals:
-        time.sleep(after)
+        time.sleep(0.02 + after)
         os.kill(process, number)
         after = random.uniform(0, 0.1)
     return finish(process)

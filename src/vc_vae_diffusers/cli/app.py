@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import threading
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -17,7 +12,6 @@ from typer.core import TyperCommand, TyperGroup
 
 from vc_vae_diffusers import __version__
 
-from ..files import remove_unfinished
 from ..names import memory_short, peer_gone, told
 from .browser_app import browser_app
 from .decode import decode
@@ -32,52 +26,17 @@ from .printing import say
 from .reconstruct import reconstruct
 from .report import report
 from .stats import stats
+from .stopping import Stopping
 from .train import train
 from .visualize import visualize
 
 _UsageError: Any = typer.BadParameter.__mro__[1]  # typer carries click inside, or uses the one installed, by version
 _LARGEST = {"seed": 2**63}  # beyond which an option makes no sense; of all others 2**31
+_STOPPED: dict[int, tuple[str, str, int]] = {
+    signal.SIGINT: ("Interrupted", "interrupted; no partial output was left", 130),
+    signal.SIGTERM: ("Terminated", "terminated by SIGTERM; no partial output was left", 143),
+}
 _OUT_OF_MEMORY = "use --tile, a smaller --dtype or --groups-per-chunk, or --resize"
-
-
-class _Terminated(BaseException):
-    """SIGTERM, on its way through every `finally`."""
-
-
-def _terminate(signum: int, frame: FrameType | None) -> None:
-    signal.signal(signum, signal.SIG_IGN)
-    raise _Terminated
-
-
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    signal.signal(signum, _give_up)
-    raise KeyboardInterrupt
-
-
-def _give_up(signum: int, frame: FrameType | None) -> None:
-    """Whoever interrupts twice waits for nothing more."""
-    remove_unfinished()
-    os.write(2, b"\nError: interrupted twice; no partial output was left\n")
-    os._exit(130)
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """SIGINT and SIGTERM end a run as an exception does, so that partial files are removed.
-
-    A second SIGTERM does not cut that short; a second SIGINT removes them itself and ends the process at once.
-    """
-    handlers = {signal.SIGTERM: _terminate}
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has it ignored
-        handlers[signal.SIGINT] = _interrupt
-    if threading.current_thread() is not threading.main_thread():
-        handlers = {}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class _Command(TyperCommand):
@@ -105,21 +64,23 @@ class _ReportingGroup(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         as_json = ctx.meta["json"]
+        stopping = Stopping()
         try:
-            with _stoppable():
+            with stopping:
                 return super().invoke(ctx)
         except (typer.Exit, typer.Abort):
             raise
-        except KeyboardInterrupt:
-            code = _report("Interrupted", "interrupted; no partial output was left", 130, as_json)
-        except _Terminated:
-            code = _report("Terminated", "terminated by SIGTERM; no partial output was left", 143, as_json)
-        except _UsageError as error:
-            if not as_json:
+        except BaseException as error:
+            if stopping.heard:
+                code = _report(*_STOPPED[stopping.heard], as_json)
+            elif isinstance(error, _UsageError):
+                if not as_json:
+                    raise
+                code = _report("UsageError", error.format_message(), 2, as_json)
+            elif isinstance(error, Exception):
+                code = _report_exception(error, as_json)
+            else:
                 raise
-            code = _report("UsageError", error.format_message(), 2, as_json)
-        except Exception as error:
-            code = _report_exception(error, as_json)
         raise typer.Exit(code)
 
 
