@@ -79,9 +79,8 @@ class Trial:
         code = disturb(self.words, rng.uniform(0, 1.05 * self.seconds), signals, self.log)
         said = self.log.read_text(errors="replace")
         wrong = []
-        early = code == -signals[0] or (
-            not said and code == 130
-        )  # or late: the command does not hear signals yet, or no more
+        # It does not hear signals yet, or no more.
+        early = code == -signals[0] or (code == 130 and (not said or kept(self.out) == self.whole))
         if code == 128 + signals[0]:
             lines = [line for line in said.splitlines() if any(text in line for text in SAID)]
             if len(lines) != 1 and not early:
