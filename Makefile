@@ -51,6 +51,7 @@ soak: $(VENV)/.installed ## hostile files and command lines, kills, signals, ful
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/kills.py --kills 30 --seconds $$((60 * $(MINUTES))) --long
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/signals.py --seconds $$((60 * $(MINUTES)))
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/disk.py --seconds $$((60 * $(MINUTES)))
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/memory.py --seconds $$((60 * $(MINUTES)))
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/moving_files.py --seconds $$((60 * $(MINUTES)))
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/numerics.py --seconds $$((60 * $(MINUTES)))
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/mutants.py --seconds $$((60 * $(MINUTES)))

@@ -14,7 +14,7 @@ from video_files import encode, frame_numbers, numbered_frames
 
 from vc_vae_diffusers.training import clip_plan
 from vc_vae_diffusers.training import data as vdata
-from vc_vae_diffusers.video import from_uint8, read_clip
+from vc_vae_diffusers.video import VideoReadError, from_uint8, read_clip
 
 SIZE = "size=48x64"  # that of the test videos: nothing is cropped or resized
 
@@ -219,6 +219,16 @@ def test_cached_clips_equal_decoded_ones(videos):
             first, second = decoded[request], cached[request]
             assert first["clip"] == second["clip"]
             assert torch.equal(first["video"], second["video"])
+
+
+def test_a_cached_clip_that_would_go_beyond_the_last_frame_is_an_error(videos):
+    buckets = clip_plan.parse_buckets(["size=32 frames=2 fps=0 batch=1"])
+    dataset = vdata.ClipDataset(videos, buckets, seed=0, cache_in_memory=True)
+    info = dataset._info(videos[0])
+    last = info.duration - 1 / info.fps
+    assert dataset._read_cached(info, 1, last, info.fps).shape[1] == 1
+    with pytest.raises(VideoReadError, match="before the clip from"):
+        dataset._read_cached(info, 2, last, info.fps)
 
 
 def test_the_cache_can_hold_smaller_frames(videos):
