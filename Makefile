@@ -45,11 +45,15 @@ audit: $(VENV)/.installed ## known holes in the packages of the environment
 
 # What takes minutes, of random cases with seeds; MINUTES bounds each program.
 MINUTES ?= 5
-soak: $(VENV)/.installed ## hostile files, kills, full disks, random models, long videos, many visitors (docs/reliability.md)
+soak: $(VENV)/.installed ## hostile files and command lines, kills, signals, full disks, random models, long videos, many visitors (docs/reliability.md)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/hostile_files.py --cases 100000 --seconds $$((60 * $(MINUTES)))
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/hostile_words.py --cases 100000 --seconds $$((60 * $(MINUTES)))
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/kills.py --kills 200 --seconds $$((60 * $(MINUTES)))
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/kills.py --kills 30 --seconds $$((60 * $(MINUTES))) --long
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/signals.py --seconds $$((60 * $(MINUTES)))
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/disk.py --seconds $$((60 * $(MINUTES)))
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/memory.py --seconds $$((60 * $(MINUTES)))
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/moving_files.py --seconds $$((60 * $(MINUTES)))
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/numerics.py --seconds $$((60 * $(MINUTES)))
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/mutants.py --seconds $$((60 * $(MINUTES)))
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/streams.py --seconds $$((60 * $(MINUTES)))

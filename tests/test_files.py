@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -29,6 +30,9 @@ def test_files_that_are_no_text_or_no_json_are_named(tmp_path):
     path.write_text("{", encoding="utf-8")
     with pytest.raises(ValueError, match=r"clip.mp4 is no JSON \(Expecting"):
         files.read_json(path)
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(ValueError, match=r"pipe\.json is a device, a pipe or a socket"):
+        files.read_json(tmp_path / "pipe.json")
 
 
 def mode(path) -> int:
@@ -139,3 +143,20 @@ def test_errors_of_a_full_disk_name_the_file(tmp_path, number):
         assert found.value is error
     assert path.read_bytes() == b"older"
     assert [file.name for file in tmp_path.iterdir()] == ["out.bin"]
+
+
+@pytest.mark.parametrize("broken", ["gone", "a file"])
+def test_what_cannot_be_written_is_named_as_it_was_asked_for(broken, tmp_path):
+    target = tmp_path / "out" / "a.json"
+    target.parent.mkdir()
+
+    def write() -> None:
+        with whole_file(target) as partial:
+            partial.write_text("half")
+            shutil.rmtree(target.parent)
+            if broken == "a file":
+                target.parent.write_text("")
+
+    with pytest.raises(OSError, match=r"out/a\.json'$") as raised:
+        write()
+    assert raised.value.filename == str(target)

@@ -27,3 +27,12 @@ def test_full_disks_in_small():
     done = subprocess.run([sys.executable, str(SOAK / "disk.py"), "--seconds", "6"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert int(done.stdout.split()[0]) > 0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes are forked, and their memory read from /proc")
+@pytest.mark.skipif(importlib.util.find_spec("av") is None, reason="PyAV makes the files")
+def test_hostile_words_in_small():
+    done = subprocess.run([sys.executable, str(SOAK / "hostile_words.py"), "--cases", "3"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1].startswith("0 wrong outcomes")
+    assert done.stdout.count("'refused'") > 10

@@ -18,9 +18,17 @@ from typing import Any
 # `.NAME.HOST-PID-RANDOM.partSUFFIX`: who writes it, so that the leftovers of a killed process can be told.
 _PARTIAL = re.compile(r"\..*\.(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}\.part(\.[^.]*)?")
 
+_UNFINISHED: set[Path] = set()  # what this process is writing and will remove or rename
+
 # What a disk says that takes no more: writing raises these without a name, and safetensors errors of its own.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
+
+
+def check_plain(path: Path) -> None:
+    """Raises ValueError for pipes, devices and sockets: reading one may never end, or give something else later."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ValueError(f"{path} is a device, a pipe or a socket; pass a file")
 
 
 def read_text(path: Path) -> str:
@@ -29,8 +37,11 @@ def read_text(path: Path) -> str:
     Raises:
         ValueError: for one that holds something else.
     """
+    check_plain(path)
     try:
         return path.read_text(encoding="utf-8")
+    except OSError as error:  # while reading it comes without a name
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text") from error
 
@@ -80,10 +91,18 @@ def scratch_folder(parent: str | os.PathLike) -> Iterator[Path]:
     """A hidden folder in `parent`, until the block ends. That of a process that was killed goes with the next one's."""
     folder = partial_path(Path(parent) / "vcvae")
     folder.mkdir(mode=0o700)
+    _UNFINISHED.add(folder)
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        _UNFINISHED.discard(folder)
+
+
+def remove_unfinished() -> None:
+    """Remove what `whole_file` and `scratch_folder` have begun, for a process that ends at once."""
+    for path in _UNFINISHED:
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -104,13 +123,20 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     """Give a name beside `path` to write to. The file takes its place when the block ends, and goes if the block raises."""
     partial = partial_path(path)
+    _UNFINISHED.add(partial)
     try:
         with naming(path):
             yield partial
             follow_umask(partial)
             os.replace(partial, path)
+    except OSError as error:
+        if error.filename is None or not _PARTIAL.fullmatch(Path(os.fsdecode(error.filename)).name):
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error  # which is the name that was asked for
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # gone or closed with its folder, as the error on its way says
+            partial.unlink()
+        _UNFINISHED.discard(partial)
 
 
 def write_whole(path: str | os.PathLike, content: str | bytes) -> None:

@@ -10,8 +10,13 @@ BUNDLED = "bundled"
 
 # What PyTorch, the system and oneDNN say on processors.
 _WANTED = re.compile(r"can't allocate memory: you tried to allocate (\d+) bytes")
-_SHORT = re.compile(r"allocate memory|could not (create|execute) a (primitive|memory|stream)|std::bad_alloc")
+_SHORT = re.compile(
+    r"allocate memory|could not (create|execute) a (primitive|memory|stream)|std::bad_alloc"
+    r"|Storage size calculation overflowed|can't start new thread"
+)
 _ACCESS = "log in with an account that may read it (`hf auth login`, or HF_TOKEN)"
+# What PyTorch raises in the processes that are left where one of several ends.
+_PEERS = {"DistBackendError", "DistNetworkError", "DistStoreError"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -98,3 +103,10 @@ def memory_short(error: BaseException) -> str | None:
     if wanted := _WANTED.search(text):
         return f"out of memory: there is no room for {int(wanted[1]) / 1e6:,.0f} MB more"
     return f"out of memory, as it seems: {text}" if _SHORT.search(text) else None
+
+
+def peer_gone(error: BaseException) -> str | None:
+    """What to say where another process of a run ended and this one waited for it; None for every other error."""
+    if type(error).__name__ in _PEERS or (isinstance(error, RuntimeError) and "gloo/transport" in str(error)):
+        return "another process of this run has ended, and its own lines say why; then start the same command again"
+    return None

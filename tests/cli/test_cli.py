@@ -13,6 +13,7 @@ import time
 from fractions import Fraction
 from functools import partialmethod
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -305,6 +306,9 @@ def test_wrong_calls_are_one_line_and_leave_nothing(model, clip, tmp_path):
     empty.mkdir()
     (shards := tmp_path / "shards").mkdir()
     (shards / "latents-00000.tar").touch()
+    loop, pipe = tmp_path / "loop.mp4", tmp_path / "pipe.mp4"
+    loop.symlink_to(loop)
+    os.mkfifo(pipe)
     for arguments, message in [
         (["reconstruct", tmp_path / "no.mp4", out, "-m", model], "does not exist"),
         (["reconstruct", tmp_path / "no*.mp4", out, "-m", model], "matches no file"),
@@ -329,7 +333,15 @@ def test_wrong_calls_are_one_line_and_leave_nothing(model, clip, tmp_path):
         (["reconstruct", clip, out, "-m", model, "--tile", "big"], "--tile: 'big'"),
         (["reconstruct", clip, out, "-m", model, "--tile", "20"], "--tile: 20 must be multiples of 8"),
         (["reconstruct", clip, out, "-m", model, "--start", "5", "--stop", "3"], "--stop: 3 must be later"),
-        (["reconstruct", clip, out, "-m", model, "--fps", "0"], "--fps: 0 must be above 0"),
+        (["reconstruct", clip, out, "-m", model, "--fps", "0"], "--fps: 0 must lie between 0.00001 and 100000"),
+        (["reconstruct", clip, out, "-m", model, "--fps", "1e-9"], "--fps: 1e-09 must lie between"),
+        (["reconstruct", clip, out, "-m", model, "--resize", "999999999"], "resize: 999999999 makes frames of"),
+        (["reconstruct", clip, loop, "-m", model], "or a broken link; pass a file name"),
+        (["reconstruct", clip, other, clip / "x", "-m", model], "OUT: the folder"),
+        (["reconstruct", clip, pipe, "-m", model, "--overwrite"], "is a device, a pipe, a socket or a broken link; pass"),
+        (["visualize", clip, tmp_path / "x.png", "-m", model, "--resize", "7"], "IN: its frames are 16x7 pixels, a model"),
+        (["plan", "--height", "2147483647", "--width", "2147483647", "-m", model], "out of memory"),
+        (["plan", "--height", "32", "--width", "32", "-m", model, "--memory", "9" * 999 + "GB"], "--memory: "),
         (["encode", clip, tmp_path / "out.pt", "-m", model], "must end in .safetensors"),
         (["decode", clip, out], "no readable safetensors file"),
         (["decode", tmp_path / "no.safetensors", out], "does not exist"),
@@ -362,6 +374,10 @@ def test_usage_errors(clip):
     assert "Missing argument 'OUT'" in run("export", "bundled", code=2).stderr
     assert "Missing argument" in run_json("reconstruct", clip, code=2)["error"]["message"]
     assert "--crf" in run("reconstruct", clip, "x.mp4", "--crf", 99, code=2).stderr
+    for option in ("--start", "--stop", "--fps", "--num-frames", "--resize", "--groups-per-chunk"):
+        for value in ("inf", "nan", 10**30, 2**31):
+            assert f"Invalid value for '{option}'" in run("reconstruct", clip, "x.mp4", option, value, code=2).stderr
+    assert "must be a number below 9223372036854775808" in run("encode", clip, "x", "--seed", 2**63, code=2).stderr
     assert "No such option" in run_json("reconstruct", clip, "x.mp4", "--fast", code=2)["error"]["message"]
     assert "No such command" in run_json("reconstrct", code=2)["error"]["message"]
 
@@ -651,3 +667,12 @@ app(sys.argv[1:])
     )
     assert "Traceback" not in done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"in.mkv", "model"}
+
+
+def test_another_process_that_ended_is_said_in_one_line(model, clip, tmp_path, monkeypatch):
+    gone = RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:4. GLHF!")
+    monkeypatch.setattr(models_module, "choose_device", Mock(side_effect=gone))
+    told = run("encode", clip, tmp_path / "a.safetensors", "-m", model, code=1).stderr
+    assert told.splitlines() == [
+        "Error: another process of this run has ended, and its own lines say why; then start the same command again"
+    ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import textwrap
 from fractions import Fraction
 from pathlib import Path
+from unittest.mock import Mock
 
 import diffusers
 import pytest
@@ -296,6 +298,17 @@ def test_files_that_cannot_be_used_are_named(videos, models, tmp_path, make_vide
     (videos / "short.mkv").rename(videos / "only" / "short.mkv")
     with pytest.raises(ValueError, match=r"no sample could be measured for vcvae; .* the first: .*gives 8 frames"):
         run_evaluation(_specs(models, "vcvae"), _protocol(), videos / "only", tmp_path / "none.json", CPU)
+    assert not list(tmp_path.glob("none.json*")), "nothing that a run with other options would have to be told apart from"
+
+
+def test_a_run_that_broke_off_before_its_first_sample_binds_no_other(videos, models, tmp_path, monkeypatch):
+    out = tmp_path / "r.json"
+    monkeypatch.setattr(runner.TASKS["video"], "measure", Mock(side_effect=MemoryError))
+    with pytest.raises(MemoryError):
+        run_evaluation(_specs(models, "vcvae"), _protocol(max_samples=1), videos, out, CPU)
+    monkeypatch.undo()
+    result = run_evaluation(_specs(models, "vcvae"), _protocol(max_samples=1, num_frames=4), videos, out, CPU)
+    assert result["models"][0]["measured"] == 1
 
 
 NOISY = """
@@ -696,7 +709,13 @@ def test_command(videos, models, tmp_path):
     assert [entry["label"] for entry in result["models"]] == ["ours", "image"]
     assert result["protocol"]["name"] == "folder (changed)"
     assert (result["protocol"]["num_frames"], result["protocol"]["size"]) == (4, 32)
-    assert "--dtype" in str(CliRunner().invoke(app, [*arguments, "--dtype", "float8"]).exception)
+    for option, value, said in (
+        ("--dtype", "float8", "--dtype"),
+        ("--metrics", ",", "--metrics: ',' names none"),
+        ("--model", f"x={out}", "which is a file; give the folder"),
+        ("--out", str(tmp_path), "--out: .* is a folder; pass a file name"),
+    ):
+        assert re.search(said, str(CliRunner().invoke(app, [*arguments, option, value]).exception))
     printed = json.loads(CliRunner().invoke(app, [*arguments, "--json"], catch_exceptions=False).stdout)
     assert printed["models"]["ours"]["psnr"] == find_model(result, "ours")["metrics"]["psnr"]["value"]
     whole = [*arguments[:-6], "--num-frames", "0", "--size", "0", "--device", "cpu", "--max-samples", "1"]

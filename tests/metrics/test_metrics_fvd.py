@@ -205,6 +205,8 @@ class TestFVD:
         batches.append(float((reference[6] - generated[6]).square().sum()))
         assert abs(fvd_batch_mean(reference, generated, 2) - sum(batches) / 4) < 1e-12
         assert fvd_batch_mean(reference, generated, 7) == frechet_distance(reference, generated)
+        alone = (reference[0].double() - generated[0].double()).square().sum()
+        assert fvd_batch_mean(reference[:1], generated[:1], 2) == pytest.approx(alone.item(), rel=1e-12)
 
     def test_the_two_differ_by_far(self):
         """Why both are reported by name: on many clips the set hardly moves, every pair does."""

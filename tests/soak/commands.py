@@ -37,9 +37,12 @@ def start(words: list[str], log: str | Path = os.devnull, before: Callable[[], N
         os.dup2(sink, 2)
         if before is not None:
             before()
-        app(words)
-    except SystemExit as done:
-        code = int(done.code or 0)
+        try:
+            app(words)
+        except SystemExit as done:
+            code = int(done.code or 0)
+    except KeyboardInterrupt:  # before the command had begun, or after its end
+        code = 130
     finally:
         os._exit(code)
 

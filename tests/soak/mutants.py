@@ -37,8 +37,10 @@ TARGETS = {
     "training/losses.py": ["training/test_losses.py", "training/test_objective.py"],
     "training/discriminator.py": ["training/test_discriminator.py", "training/test_objective.py"],
     "training/vcvae.py": ["training/test_objective.py", "training/test_train_vcvae.py"],
+    "training/trainer.py": ["training/test_objective.py", "training/test_train_vcvae.py", "training/test_program.py"],
+    "training/latte.py": ["training/test_train_latte.py"],
     "training/clip_plan.py": ["training/test_data.py", "training/test_train_vcvae.py"],
-    "training/data.py": ["training/test_data.py", "training/test_train_vcvae.py"],
+    "training/data.py": ["training/test_data.py", "training/test_latent_stats.py", "training/test_train_vcvae.py"],
     "metrics/frame.py": ["metrics/test_metrics_frame.py"],
     "metrics/fvd.py": ["metrics/test_metrics_fvd.py"],
 }

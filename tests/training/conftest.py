@@ -59,11 +59,11 @@ def whole(arguments, tmp_path_factory) -> Callable[[list[str]], Path]:
 
 @pytest.fixture
 def run():
-    """`run(argv)` trains in this process."""
+    """`run(argv)` trains in this process; returns the signal that stopped it, or 0."""
 
-    def call(argv: list[str]) -> None:
+    def call(argv: list[str]) -> int:
         AcceleratorState._reset_state(reset_partial_state=True)
-        program.main("vcvae", argv)
+        return program.main("vcvae", argv)
 
     yield call
     AcceleratorState._reset_state(reset_partial_state=True)

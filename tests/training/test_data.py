@@ -14,7 +14,7 @@ from video_files import encode, frame_numbers, numbered_frames
 
 from vc_vae_diffusers.training import clip_plan
 from vc_vae_diffusers.training import data as vdata
-from vc_vae_diffusers.video import from_uint8, read_clip
+from vc_vae_diffusers.video import VideoReadError, from_uint8, read_clip
 
 SIZE = "size=48x64"  # that of the test videos: nothing is cropped or resized
 
@@ -90,6 +90,19 @@ def test_buckets_come_in_proportion_to_their_weights(mixed):
         assert abs(counts[1] - 333) <= 1
     orders = [[plan.bucket_of(1000 * block + i)[0] for i in range(1000)] for block in range(2)]
     assert orders[0] != orders[1]
+
+
+def test_shares_are_exact_over_a_thousand_steps_and_no_bucket_loses_its_only_one():
+    even = clip_plan.ClipPlan(clip_plan.parse_buckets(["size=32 frames=4,8 fps=0 batch=1"]), seed=0)
+    assert Counter(even.bucket_of(step)[0] for step in range(1000)) == {0: 500, 1: 500}
+    lines = ["size=32 frames=4 fps=0 batch=1 weight=1", "size=32 frames=8,12,16 fps=0 batch=1 weight=1e-9"]
+    rare = clip_plan.ClipPlan(clip_plan.parse_buckets(lines), seed=0)
+    assert Counter(rare.bucket_of(step)[0] for step in range(1000)) == {0: 997, 1: 1, 2: 1, 3: 1}
+
+
+def test_a_share_that_is_not_whole_is_told_before_the_first_step(mixed):
+    with pytest.raises(ValueError, match="divisible by the 3 processes"):
+        clip_plan.ClipBatchSampler(clip_plan.ClipPlan(mixed, seed=0), 0, 1, num_processes=3)
 
 
 def test_every_clip_of_a_bucket_has_an_ordinal_of_its_own_without_gaps(mixed):
@@ -206,6 +219,16 @@ def test_cached_clips_equal_decoded_ones(videos):
             first, second = decoded[request], cached[request]
             assert first["clip"] == second["clip"]
             assert torch.equal(first["video"], second["video"])
+
+
+def test_a_cached_clip_that_would_go_beyond_the_last_frame_is_an_error(videos):
+    buckets = clip_plan.parse_buckets(["size=32 frames=2 fps=0 batch=1"])
+    dataset = vdata.ClipDataset(videos, buckets, seed=0, cache_in_memory=True)
+    info = dataset._info(videos[0])
+    last = info.duration - 1 / info.fps
+    assert dataset._read_cached(info, 1, last, info.fps).shape[1] == 1
+    with pytest.raises(VideoReadError, match="before the clip from"):
+        dataset._read_cached(info, 2, last, info.fps)
 
 
 def test_the_cache_can_hold_smaller_frames(videos):

@@ -258,3 +258,26 @@ def test_the_adaptive_weight_balances_the_last_layer(arguments, trainer, tmp_pat
     assert any_vae.last_layer(built.model.vae) is layer
     norms = [torch.autograd.grad(term, layer, retain_graph=True)[0].norm() for term in (loss, weight / 0.05 * gan)]
     assert abs(norms[0] / norms[1] - 1) < 0.05
+
+
+def test_rows_are_means_over_their_steps_and_begin_anew(arguments, trainer, tmp_path, monkeypatch):
+    built = trainer(arguments(tmp_path, *STAGE_1))
+    monkeypatch.setattr(built, "extras", lambda batches: {})
+    built.pending = {"l1": [1.0, 3.0], "kl": [4.0]}
+    row = built.row([], 0.0)
+    assert (row["l1"], row["kl"], row["step"]) == (2.0, 4.0, 0)
+    assert built.pending == {}
+
+
+def test_only_pictures_are_repeated_to_clips(arguments, trainer, tmp_path):
+    built = trainer(arguments(tmp_path, *STAGE_1))
+    picture, pair = torch.rand(2, 3, 1, 8, 8), torch.rand(2, 3, 2, 8, 8)
+    repeated = built.as_clip(picture)
+    assert repeated.shape[2] > 1
+    assert torch.equal(repeated, picture.expand_as(repeated))
+    assert built.as_clip(pair) is pair
+
+
+def test_buckets_that_the_model_cannot_take_are_told_before_the_first_step(arguments, trainer, tmp_path):
+    with pytest.raises(ValueError, match=r"--buckets: 36x36x8.* multiple"):
+        trainer(arguments(tmp_path, *STAGE_1, "--buckets", "size=36 frames=8 fps=24 batch=4"))

@@ -90,12 +90,40 @@ def test_a_mistake_is_one_line_of_one_process(argv, said, capsys, monkeypatch):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize(
+    ("name", "option", "value", "said"),
+    [
+        ("vcvae", "learning_rate", "nan", "--learning_rate is nan, but must be a finite number from 0 on"),
+        ("vcvae", "kl_weight", "-1", "--kl_weight is -1.0, but must be a finite number from 0 on"),
+        ("vcvae", "seed", str(2**31), "--seed is 2147483648, but must be"),
+        ("vcvae", "ema_decay", "1.5", "--ema_decay is 1.5, but must be at most 1"),
+        ("vcvae", "max_grad_norm", "0", "--max_grad_norm is 0, which leaves nothing to learn from"),
+        ("vcvae", "discriminator_layers", "0", "--discriminator_layers is 0, but must be at least 1"),
+        ("vcvae", "validation_frames", "0", "--validation_frames is 0, but must be at least 1"),
+        ("latte", "fps", "inf", "--fps is inf, but must be a finite number"),
+        ("latte", "class_dropout_prob", "2", "--class_dropout_prob is 2.0, but must be at most 1"),
+        ("latte", "sampling_steps", "0", "--sampling_steps is 0, but must be at least 1"),
+        ("latte", "sample_fps", "0", "--sample_fps is 0, but must be above 0"),
+        ("image_vae", "channels", "8", "--channels are [8], but must be four multiples of --norm_num_groups, 16"),
+        ("image_vae", "sizes", "60", "--sizes are [60], but must be multiples of 8 pixels"),
+        ("image_vae", "validation_size", "4", "--validation_size is 4, but must be a multiple of 8"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(name, option, value, said, capsys):
+    required = {"vcvae": ["--model", "x"], "latte": ["--vae", "x"], "image_vae": ["--clips", "x"]}[name]
+    assert program.run(name, ["--data", "x", "--output", "y", *required, f"--{option}", value]) == 1
+    assert capsys.readouterr().err.startswith(f"Error: {said}")
+
+
 def test_what_happens_to_one_process_is_said_by_it(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     for error, said in (
         (OSError("the disk is gone"), "Error on process 1: the disk is gone\n"),
         (DataError("nothing to read"), "Error on process 1: nothing to read\n"),
         (torch.OutOfMemoryError("CUDA out of memory.\nmore"), "Error on process 1: CUDA out of memory. Make micro-batches"),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:5] Connection closed by peer"), "Error on process 1: another process of"),
+        (torch.distributed.DistBackendError("NCCL error"), "Error on process 1: another process of this run has ended"),
+        (RuntimeError("can't start new thread"), "Error on process 1: out of memory, as it seems: can't start new thread."),
         (MemoryError(), "Error on process 1: out of memory. Make micro-batches"),
         (
             RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
@@ -107,6 +135,12 @@ def test_what_happens_to_one_process_is_said_by_it(capsys, monkeypatch):
         assert capsys.readouterr().err.startswith(said)
     monkeypatch.setattr(program, "main", Mock(side_effect=KeyboardInterrupt))
     assert program.run("vcvae", []) == 130
+    monkeypatch.setenv("RANK", "0")
+    assert program.run("vcvae", []) == 130
+    assert capsys.readouterr().err == "Error: interrupted; the same command goes on from the last checkpoint\n"
+    for stopped_by, code in ((0, 0), (2, 130), (15, 143)):
+        monkeypatch.setattr(program, "main", Mock(return_value=stopped_by))
+        assert program.run("vcvae", []) == code
     monkeypatch.setattr(program, "main", Mock(side_effect=KeyError("a bug")))
     with pytest.raises(KeyError):
         program.run("vcvae", [])

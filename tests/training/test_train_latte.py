@@ -467,7 +467,7 @@ def test_options_are_checked(folder, tmp_path):
     (tmp_path / "bad.yaml").write_text(yaml.safe_dump({"sizes": "XL/2"}))
     with pytest.raises(ValueError, match=r"sizes is no option; did you mean size\?"):
         parse(["--config", str(tmp_path / "bad.yaml")])
-    with pytest.raises(ValueError, match="--num_threads is -1, but must be at least 0"):
+    with pytest.raises(ValueError, match="--num_threads is -1, but must be a finite number from 0 on"):
         parse(options(folder, tmp_path, num_threads=-1))
     with pytest.raises(ValueError, match="--vae is required"):
         parse(["--data", "a", "--output", "b"])

@@ -177,7 +177,7 @@ def test_an_interrupted_run_saves_and_goes_on(arguments, run, whole, tmp_path, m
     before = signal.getsignal(signal.SIGINT)  # ignored, if the tests run in the background of a shell
     with monkeypatch.context() as patch:
         patch.setattr(train.VAETrainer, "train_step", interrupted)
-        run(arguments(tmp_path / "stopped", *STAGE_1))
+        assert run(arguments(tmp_path / "stopped", *STAGE_1)) == signal.SIGINT
     assert signal.getsignal(signal.SIGINT) is before
     names = [path.name for path in checkpoints.list_checkpoints(tmp_path / "stopped" / "checkpoints")]
     assert names == ["step-00000002", "step-00000003"]
@@ -199,6 +199,7 @@ def test_sigterm_asks_like_sigint_and_a_later_sigint_interrupts(monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+        assert stop.number == signal.SIGTERM
     finally:
         stop.restore()
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

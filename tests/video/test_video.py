@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from fractions import Fraction
 from pathlib import Path
+from unittest.mock import Mock
 
 import av
 import numpy as np
@@ -19,6 +20,7 @@ from vc_vae_diffusers.video import (
     VideoWriteError,
     VideoWriter,
     colour,
+    decoding,
     from_uint8,
     probe,
     read_clip,
@@ -135,6 +137,11 @@ def test_range_and_argument_errors(tmp_path):
         (("start_time", -1.0),): "start_time: -1.0",
         (("stop_time", 0.0),): "stop_time: 0.0",
         (("fps", 0),): "fps: 0",
+        (("fps", 1e-9),): "fps: 1e-09",
+        (("fps", float("inf")),): "fps: inf",
+        (("start_time", float("nan")),): "start_time: nan",
+        (("stop_time", float("inf")),): "stop_time: inf",
+        (("resize", 10**10),): "resize: 10000000000 makes frames of",
         (("chunk_frames", 0),): "chunk_frames: 0",
         (("num_frames", 0),): "num_frames: 0",
         (("resize", 0),): "resize: 0",
@@ -460,3 +467,33 @@ def test_write_image(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         write_image(tmp_path / "no" / "a.png", image)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jpg", "a.png", "b.png"]
+
+
+def test_a_file_that_goes_away_or_is_closed_is_an_error_of_reading(tmp_path, monkeypatch):
+    path = encode(tmp_path / "a.mp4", numbered_frames(20))
+    with VideoReader(path, start=3, chunk_frames=2) as reader:
+        path.rename(tmp_path / "b.mp4")
+        with pytest.raises(VideoReadError, match=r"a\.mp4: cannot be read \(No such file or directory\)\. Check the path"):
+            list(reader)
+    path = tmp_path / "b.mp4"
+    monkeypatch.setattr(Path, "open", Mock(side_effect=PermissionError(13, "Permission denied", str(path))))
+    with pytest.raises(VideoReadError, match=r"b\.mp4: cannot be read \(Permission denied\)"):
+        VideoReader(path)
+
+
+def test_a_machine_without_threads_or_memory_is_not_the_files_fault(tmp_path, monkeypatch):
+    path = encode(tmp_path / "a.mp4", numbered_frames(4))
+    no_thread = av.error.BlockingIOError(11, "Resource temporarily unavailable")
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "frame_to_rgb", Mock(side_effect=no_thread))
+        with pytest.raises(MemoryError, match=r"out of memory, as it seems: no memory or thread is left for .*a\.mp4"):
+            read_all(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(decoding.av, "open", Mock(side_effect=no_thread))
+        with pytest.raises(MemoryError, match=r"left for .*a\.mp4"):
+            read_all(path)
+    writer = VideoWriter(tmp_path / "b.mp4", 25)
+    monkeypatch.setattr(writer, "_write_frame", Mock(side_effect=OSError(12, "Cannot allocate memory")))
+    with pytest.raises(MemoryError, match=r"left for .*b\.mp4"), writer:
+        writer.write(numbered(1))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]

@@ -121,7 +121,7 @@ def parse_memory(text: str) -> int:
     Raises:
         ValueError: for anything else, a number without a unit included.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([a-zA-Z]*)\s*", text)
     if match is None or match[2].upper() not in _UNITS:
         raise ValueError(f"memory is {text!r}: pass a number and a unit, for example 8GB, 512MiB or 24GiB")
     return int(float(match[1]) * _UNITS[match[2].upper()])

@@ -10,4 +10,5 @@ def main() -> None:
 
         app()
     except KeyboardInterrupt:  # while Python was still starting
-        sys.exit("Error: interrupted")
+        sys.stderr.write("Error: interrupted\n")
+        sys.exit(130)

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-import threading
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -16,7 +12,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from vc_vae_diffusers import __version__
 
-from ..names import memory_short, told
+from ..names import memory_short, peer_gone, told
 from .browser_app import browser_app
 from .decode import decode
 from .demo import demo
@@ -30,33 +26,17 @@ from .printing import say
 from .reconstruct import reconstruct
 from .report import report
 from .stats import stats
+from .stopping import Stopping
 from .train import train
 from .visualize import visualize
 
 _UsageError: Any = typer.BadParameter.__mro__[1]  # typer carries click inside, or uses the one installed, by version
+_LARGEST = {"seed": 2**63}  # beyond which an option makes no sense; of all others 2**31
+_STOPPED: dict[int, tuple[str, str, int]] = {
+    signal.SIGINT: ("Interrupted", "interrupted; no partial output was left", 130),
+    signal.SIGTERM: ("Terminated", "terminated by SIGTERM; no partial output was left", 143),
+}
 _OUT_OF_MEMORY = "use --tile, a smaller --dtype or --groups-per-chunk, or --resize"
-
-
-class _Terminated(BaseException):
-    """SIGTERM, on its way through every `finally`."""
-
-
-def _terminate(signum: int, frame: FrameType | None) -> None:
-    signal.signal(signum, signal.SIG_IGN)
-    raise _Terminated
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM ends a run as an exception does, so that partial files are removed; a second one does not cut that short."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, _terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 class _PlainFlags:
@@ -71,7 +51,16 @@ class _PlainFlags:
 
 
 class _Command(_PlainFlags, TyperCommand):
-    pass
+    """Refuses numbers that no video, machine or person means, which would overflow somewhere inside; NaN among them."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        left = super().parse_args(ctx, args)
+        param: Any
+        for param in self.params:
+            value, largest = ctx.params.get(param.name), _LARGEST.get(param.name or "", 2**31)
+            if isinstance(value, int | float) and not abs(value) < largest:
+                raise typer.BadParameter(f"{value} must be a number below {largest}", ctx=ctx, param=param)
+        return left
 
 
 class _Group(_PlainFlags, TyperGroup):
@@ -90,22 +79,24 @@ class _ReportingGroup(_Group):
 
     def invoke(self, ctx: Any) -> Any:
         as_json = ctx.meta["json"]
+        stopping = Stopping()
         try:
-            with _terminable():
+            with stopping:
                 return super().invoke(ctx)
         except (typer.Exit, typer.Abort):
             raise
-        except KeyboardInterrupt:
-            code = _report("Interrupted", "interrupted; no partial output was left", 130, as_json)
-        except _Terminated:
-            code = _report("Terminated", "terminated by SIGTERM; no partial output was left", 143, as_json)
-        except _UsageError as error:
-            _name_all_missing(error)
-            if not as_json:
+        except BaseException as error:
+            if stopping.heard:
+                code = _report(*_STOPPED[stopping.heard], as_json)
+            elif isinstance(error, _UsageError):
+                _name_all_missing(error)
+                if not as_json:
+                    raise
+                code = _report("UsageError", error.format_message(), 2, as_json)
+            elif isinstance(error, Exception):
+                code = _report_exception(error, as_json)
+            else:
                 raise
-            code = _report("UsageError", error.format_message(), 2, as_json)
-        except Exception as error:
-            code = _report_exception(error, as_json)
         raise typer.Exit(code)
 
 
@@ -122,6 +113,8 @@ def _report_exception(error: Exception, as_json: bool) -> int:
     kind = type(error).__name__
     if short := memory_short(error):
         return _report("OutOfMemoryError", f"{short}; {_OUT_OF_MEMORY}", 1, as_json)
+    if gone := peer_gone(error):
+        return _report(kind, gone, 1, as_json)
     if isinstance(error, (ValueError, OSError, ImportError)) or kind in ("VideoWriteError", "DataError"):
         return _report(kind, told(error), 1, as_json)
     traceback.print_exception(error)

@@ -15,7 +15,15 @@ from rich.table import Table
 
 from ..evaluation.protocols import KINDS_WITH_FRAMES, METRICS, load_protocol, protocol_names
 from ..evaluation.results import json_ready
-from .options import DTYPES, JsonOption, MeasuringDtypeOption, check_measuring_place, choose_device, make_folder
+from .options import (
+    DTYPES,
+    JsonOption,
+    MeasuringDtypeOption,
+    check_measuring_place,
+    check_output,
+    choose_device,
+    make_folder,
+)
 from .printing import emit, say
 
 if TYPE_CHECKING:
@@ -71,6 +79,7 @@ def evaluate(
     chosen = load_protocol(protocol, _overrides(metrics, num_frames, size, max_samples))
     if save_frames and chosen.kind not in KINDS_WITH_FRAMES:
         raise ValueError(f"--save-frames: {save_frames}, but protocol {chosen.name} keeps no frames; leave it out.")
+    check_output(out, overwrite=True, option="--out")
     make_folder(out, "--out")
 
     import torch
@@ -112,6 +121,8 @@ def _overrides(metrics: str | None, num_frames: int | None, size: int | None, ma
         overrides["metrics"] = names = tuple(name.strip() for name in metrics.split(",") if name.strip())
         if unknown := [name for name in names if name not in METRICS]:
             raise ValueError(f"--metrics: {', '.join(unknown)} is unknown; choose among {', '.join(METRICS)}.")
+        if not names:
+            raise ValueError(f"--metrics: {metrics!r} names none; choose among {', '.join(METRICS)}.")
     if max_samples is not None:
         overrides["max_samples"] = max_samples
     overrides |= {name: value or None for name, value in (("num_frames", num_frames), ("size", size)) if value is not None}

@@ -9,7 +9,7 @@ from typing import Annotated, cast
 import typer
 from rich.table import Table
 
-from .options import JsonOption
+from .options import JsonOption, make_folder
 from .printing import emit, say
 
 
@@ -26,6 +26,8 @@ def fetch_weights(
     from ..metrics.fetching import Source
     from ..metrics.fetching import fetch_weights as fetch
 
+    if to is not None:
+        make_folder(to / "x", "--to")
     fetched = fetch(names or ("lpips", "i3d"), to, source=cast(Source, source), progress=say)
     rows = [{k: str(v) for k, v in asdict(entry).items()} for entry in fetched]
     table = Table(*(name.replace("_", " ") for name in rows[0]))

@@ -65,7 +65,7 @@ def find_jobs(
                 raise ValueError(f"{option}: {path} is a file name, but IN is {len(found)} files; pass a folder.")
     jobs = []
     for source in found:
-        name = f"{source.stem if source.is_file() else source.resolve().name}{out_suffix(source)}"
+        name = f"{source.stem if source.is_file() else Path(os.path.realpath(source)).name}{out_suffix(source)}"
         inside = several or out.is_dir()
         pair = compare / name if compare is not None and (several or compare.is_dir()) else compare
         jobs.append(Job(source, out / name if inside else out, pair, alone=not several))
@@ -151,12 +151,13 @@ def run_jobs(
     """
     from ..video import VideoWriteError
 
+    for job in jobs:
+        make_folder(job.out)
+        if job.compare is not None:
+            make_folder(job.compare, "--compare")
     results, failed = [], []
     for job in jobs:
         try:
-            make_folder(job.out)
-            if job.compare is not None:
-                make_folder(job.compare, "--compare")
             result = {"command": command, **work(job)}
         except (ValueError, OSError, VideoWriteError) as error:
             if job.alone:

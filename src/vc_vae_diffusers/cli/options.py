@@ -5,6 +5,7 @@ Every command checks its options first: a mistake is told at once, and under the
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -90,8 +91,8 @@ def check_range(start: float, stop: float | None, fps: float | None) -> None:
     """Raises ValueError for a part of the input that makes no sense."""
     if stop is not None and stop <= start:
         raise ValueError(f"--stop: {stop:g} must be later than --start, {start:g} seconds.")
-    if fps is not None and fps <= 0:
-        raise ValueError(f"--fps: {fps:g} must be above 0 frames a second.")
+    if fps is not None and not 1e-5 <= fps <= 1e5:
+        raise ValueError(f"--fps: {fps:g} must lie between 0.00001 and 100000 frames a second.")
 
 
 def parse_tile(text: str | None) -> tuple[int, int] | None:
@@ -102,7 +103,7 @@ def parse_tile(text: str | None) -> tuple[int, int] | None:
     """
     if text is None:
         return None
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    match = re.fullmatch(r"(\d{1,9})(?:x(\d{1,9}))?", text)
     if match is None:
         raise ValueError(f"--tile: {text!r} is neither a number of pixels nor HEIGHTxWIDTH; use e.g. 512 or 384x640.")
     return int(match[1]), int(match[2] or match[1])
@@ -196,10 +197,12 @@ def check_output(path: Path, overwrite: bool, option: str = "OUT") -> None:
     """Refuse a destination before any work is done; the one rule of all commands for files that exist.
 
     Raises:
-        ValueError: if the path is a folder, or a file that `overwrite` does not give up.
+        ValueError: if the path is a folder, a device or the like, or a file that `overwrite` does not give up.
     """
     if path.is_dir():
         raise ValueError(f"{option}: {path} is a folder; pass a file name.")
+    if os.path.lexists(path) and not path.is_file():
+        raise ValueError(f"{option}: {path} is a device, a pipe, a socket or a broken link; pass a file name.")
     if path.exists() and not overwrite:
         raise ValueError(f"{option}: {path} exists; pass --overwrite to replace it, or another name.")
 
@@ -211,7 +214,7 @@ def check_distinct(**paths: Path | None) -> None:
         if path is None:
             continue
         for other, known in seen.items():
-            same = path.resolve() == known.resolve()
+            same = os.path.realpath(path) == os.path.realpath(known)  # which takes loops of links
             if same or (path.exists() and known.exists() and path.samefile(known)):
                 raise ValueError(f"{option}: {path} is {other} as well; pass another file name.")
         seen[option] = path

@@ -21,7 +21,7 @@ def stats(
     include: Annotated[list[str] | None, typer.Option("--include", help="Patterns, or @LIST:SECTION.")] = None,
     num_frames: Annotated[int, typer.Option("--num-frames", min=1, help="Of a clip.")] = 16,
     size: Annotated[int, typer.Option("--size", min=8, help="Side of a clip in pixels.")] = 256,
-    clips_per_video: Annotated[int, typer.Option("--clips-per-video", min=1, help="At equal distances.")] = 1,
+    clips_per_video: Annotated[int, typer.Option("--clips-per-video", min=1, max=1000, help="At equal distances.")] = 1,
     posterior: Annotated[
         str, typer.Option("--posterior", help="mode or sample.", autocompletion=lambda: ["mode", "sample"])
     ] = "mode",

@@ -101,4 +101,7 @@ def _whole_groups(vae: AutoencoderKLVCVAE, reader: VideoReader, start: float) ->
             f"IN has {video.shape[2]} frames from second {start:g} on, a group has {group}: choose an earlier --start"
         )
     height, width = (side // ratio * ratio for side in video.shape[3:])
+    if not height or not width:
+        size = f"{video.shape[4]}x{video.shape[3]}"
+        raise ValueError(f"IN: its frames are {size} pixels, a model needs {ratio}x{ratio}: choose a larger --resize")
     return video[:, :, :frames, :height, :width].to(vae.device)

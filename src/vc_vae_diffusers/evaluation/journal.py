@@ -41,7 +41,10 @@ class Journal:
             return
         found = json.loads(path.read_text(encoding="utf-8"))
         differing = sorted(key for key in found.keys() | self.header.keys() if found.get(key) != self.header.get(key))
-        if differing:
+        if differing and not self.measured():  # nothing is lost
+            self.remove()
+            self.create()
+        elif differing:
             raise ValueError(
                 f"{self.folder} holds an unfinished run with another {', '.join(differing)}, whose numbers cannot be "
                 "mixed with new ones; remove that folder to start again, or write the result elsewhere"
@@ -79,6 +82,10 @@ class Journal:
                 record = json.loads(line)
                 records.setdefault(record["sample"], record)
         return records
+
+    def measured(self) -> bool:
+        """Whether there is more than samples that were left out."""
+        return any("skipped" not in record for record in self.records().values())
 
     def remove(self) -> None:
         """Delete the journal, once its records are in a result file."""

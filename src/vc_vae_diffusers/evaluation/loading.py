@@ -120,6 +120,10 @@ def _locate(source: str) -> tuple[str, str | None]:
     folder = Path(source)
     if folder.is_dir() and not (folder / "config.json").is_file() and (folder / "vae" / "config.json").is_file():
         return source, "vae"
+    if folder.is_file():
+        raise ValueError(
+            f"model is {source!r}, which is a file; give the folder that save_pretrained wrote, or an adapter.py"
+        )
     if folder.exists():
         return source, None
     parts = source.split("/")

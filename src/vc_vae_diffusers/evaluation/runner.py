@@ -116,7 +116,7 @@ def run_evaluation(
                 write_result(out, result)
         state.wait_for_everyone()
     if state.is_main_process:
-        _remove_journals(out)
+        _remove_journals(out, [entry["label"] for entry in read_result(out)["models"]])
     state.wait_for_everyone()
     return read_result(out)
 
@@ -263,6 +263,13 @@ def _measure_all(
         journal.close()
     state.wait_for_everyone()
     records = journal.records()
+    state.wait_for_everyone()
+    if state.is_main_process and not journal.measured():  # nothing that another run could go on with
+        _remove_journals(out, [variant.label])
+    if lost := [sample.name for sample in samples if sample.name not in records]:
+        raise OSError(
+            f"{journal.folder} lost {len(lost)} records while the run went on; the same command measures them again"
+        )
     return [records[sample.name] for sample in samples]
 
 
@@ -312,12 +319,11 @@ def _journal_root(out: Path) -> Path:
     return out.with_name(f"{out.name}.partial")
 
 
-def _remove_journals(out: Path) -> None:
-    """The journals of models that are in the result; others belong to runs that may still be continued."""
+def _remove_journals(out: Path, labels: Sequence[str]) -> None:
+    """The journals of these models; others belong to runs that may still be continued."""
     root = _journal_root(out)
-    result = read_result(out)
-    for entry in result["models"]:
-        folder = root / file_name(entry["label"])
+    for label in labels:
+        folder = root / file_name(label)
         if (folder / "header.json").exists():
             Journal(folder, {}).remove()
     if root.is_dir() and not any(root.iterdir()):

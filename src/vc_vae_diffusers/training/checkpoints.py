@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..files import follow_umask
+from ..files import follow_umask, whole_file, write_json
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 STATE_NAME = "trainer.json"
@@ -78,13 +78,15 @@ def save_checkpoint(accelerator: Accelerator, model: nn.Module, ema: EMAModel, s
         if accelerator.is_main_process:
             _publish({**state, "ema_step": ema.optimization_step}, partial, target)
 
-    for action in (write, publish):
-        error = _write_failure(action)
-        # Also the barrier between the two: nothing is renamed before every process has written its part.
-        if any_process(accelerator, error is not None):
-            if accelerator.is_main_process:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise CheckpointError(_what_is_left(target, error)) from error
+    try:
+        for action in (write, publish):
+            error = _write_failure(action)
+            # Also the barrier between the two: nothing is renamed before every process has written its part.
+            if any_process(accelerator, error is not None):
+                raise CheckpointError(_what_is_left(target, error)) from error
+    finally:
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
     if accelerator.is_main_process:
         for old in list_checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
@@ -170,11 +172,11 @@ def save_model(accelerator: Accelerator, model: nn.Module, folder: Path) -> None
         inner, prefix = inner_model(accelerator.unwrap_model(model))
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name.removeprefix(prefix): tensor.contiguous() for name, tensor in weights.items()}
-        save_file(weights, folder / WEIGHTS_NAME, metadata={"format": "pt"})
-        follow_umask(folder / WEIGHTS_NAME)
+        with whole_file(folder / WEIGHTS_NAME) as file:
+            save_file(weights, file, metadata={"format": "pt"})
         config = json.loads(inner.to_json_string())
         config.pop("_name_or_path", None)  # a path of this machine
-        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        write_json(folder / "config.json", config, sort_keys=True)
 
 
 @contextmanager

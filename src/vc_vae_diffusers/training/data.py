@@ -322,7 +322,7 @@ class ClipDataset(Dataset[dict]):
         self._all = list(files)
         self._videos = [file for file in files if Path(file).suffix.lower() not in IMAGE_SUFFIXES]
         if not self._videos and any(bucket.num_frames > 1 for bucket in buckets):
-            raise DataError("there are only images, but buckets of more than one frame")
+            raise DataError("there are only images, but buckets of more than one frame; name videos, or take frames=1")
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
         self._infos: dict[str, VideoInfo] = {}
         self._cache: dict[str, tuple[torch.Tensor, list[Fraction]]] = {}

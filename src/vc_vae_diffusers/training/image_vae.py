@@ -172,6 +172,8 @@ class ImageVAETrainer(Trainer):
         return memory.Trial(lambda: self.terms(model, image)["loss"], image, size**2, [model])
 
 
-def train(config: Config) -> None:
-    """Train by options."""
-    ImageVAETrainer(config, prepare(config.run)).run()
+def train(config: Config) -> int:
+    """Train by options; returns the number of the signal that stopped the run, or 0."""
+    trainer = ImageVAETrainer(config, prepare(config.run))
+    trainer.run()
+    return trainer.stopped_by

@@ -75,4 +75,12 @@ class Config(options.Config):
         """Refuse what cannot be."""
         self.require("data", "clips")
         super().check()
-        self.at_least_one("batch_size", "frame_stride", "validation_size")
+        self.at_least_one("batch_size", "frame_stride", "validation_size", "layers_per_block", "latent_channels")
+        self.at_least_one("norm_num_groups", "max_zoom_out")
+        channels, groups = self.model.channels, self.model.norm_num_groups
+        if len(channels) != 4 or any(width < 1 or width % groups for width in channels):
+            raise ValueError(f"--channels are {channels}, but must be four multiples of --norm_num_groups, {groups}")
+        if not self.data.sizes or any(size < 8 or size % 8 for size in self.data.sizes):
+            raise ValueError(f"--sizes are {self.data.sizes}, but must be multiples of 8 pixels, the network's compression")
+        if self.run.validation_size % 8:
+            raise ValueError(f"--validation_size is {self.run.validation_size}, but must be a multiple of 8 pixels")

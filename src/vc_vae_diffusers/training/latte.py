@@ -366,6 +366,8 @@ class LatteTrainer(Trainer):
             self.pipeline().save_pretrained(folder)
 
 
-def train(config: Config) -> None:
-    """Train by options."""
-    LatteTrainer(config, prepare(config.run)).run()
+def train(config: Config) -> int:
+    """Train by options; returns the number of the signal that stopped the run, or 0."""
+    trainer = LatteTrainer(config, prepare(config.run))
+    trainer.run()
+    return trainer.stopped_by

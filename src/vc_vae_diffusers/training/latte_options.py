@@ -103,6 +103,10 @@ class Config(options.Config):
         super().check()
         self.require_json("transformer_config")
         self.at_least_one("batch_size", "gradient_accumulation_steps", "num_frames", "cache_clips", "cache_shard_clips")
+        self.at_least_one("resolution", "cache_batch_size", "num_train_timesteps", "samples", "sampling_steps")
+        self.at_most_one("scale_jitter", "class_dropout_prob")
+        if self.run.sample_fps == 0:
+            raise ValueError("--sample_fps is 0, but must be above 0 frames a second")
         stored = is_shards(str(self.data.data))
         if stored and (self.data.latent_cache is not None or self.data.include or self.data.exclude):
             raise ValueError("data names shards of latents, which need no latent_cache and know no include and exclude")

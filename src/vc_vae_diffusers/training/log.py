@@ -82,6 +82,7 @@ class StopSignal:
     """
 
     _ECHO_SECONDS = 3.0
+    number: int = signal.SIGTERM  # the first one; where none came here, another process has had it
 
     def __init__(self) -> None:
         self.requested = False
@@ -90,7 +91,7 @@ class StopSignal:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self.requested:
-            self.requested, self._first = True, time.monotonic()
+            self.requested, self.number, self._first = True, number, time.monotonic()
             logger.warning("%s: saving a checkpoint after this step, then stopping", signal.Signals(number).name)
         elif number == signal.SIGINT and time.monotonic() - self._first > self._ECHO_SECONDS:
             raise KeyboardInterrupt

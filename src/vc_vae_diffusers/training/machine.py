@@ -40,7 +40,10 @@ def prepare(run: RunConfig) -> Accelerator:
     state = processes("cpu" if run.cpu else None)
     _log(state.is_main_process)
     precision = choose_precision(run.mixed_precision, state.device)
-    Path(run.output).mkdir(parents=True, exist_ok=True)
+    try:
+        Path(run.output).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output: the folder {run.output} cannot be made ({error.strerror}); choose another") from error
     cpu = state.device.type == "cpu"
     return Accelerator(cpu=cpu, mixed_precision=precision, log_with=tracker, project_dir=run.output)
 

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from copy import copy
@@ -121,9 +122,11 @@ class Config:
     def check(self) -> None:
         """Refuse what cannot be; programs add their own rules."""
         self.require("output")
+        self.check_numbers()
         self.at_least_one("steps", "checkpoint_every", "keep_checkpoints", "log_every")
-        if self.run.num_threads < 0:
-            raise ValueError(f"--num_threads is {self.run.num_threads}, but must be at least 0, which leaves torch's choice")
+        self.at_most_one("adam_beta1", "adam_beta2", "ema_decay")
+        if self.optim.max_grad_norm == 0:
+            raise ValueError("--max_grad_norm is 0, which leaves nothing to learn from; use a large one for no limit")
 
     def require(self, *names: str) -> None:
         """Raises ValueError for the first of the options that is not given."""
@@ -140,6 +143,19 @@ class Config:
         except ValueError:
             pass
         raise ValueError(f"--{name} is {text!r}, but must be a JSON object in quotes, as '{{\"key\": 1}}'")
+
+    def check_numbers(self) -> None:
+        """Raises ValueError for the first number that is negative, infinite or undefined, or too large to count with."""
+        for name, value in self.flat().items():
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, int | float) and not 0 <= number < (2**31 if isinstance(number, int) else math.inf):
+                    raise ValueError(f"--{name} is {number}, but must be a finite number from 0 on, a whole one below 2^31")
+
+    def at_most_one(self, *names: str) -> None:
+        """Raises ValueError for the first of the options that is above 1."""
+        for name in names:
+            if self.flat()[name] > 1:
+                raise ValueError(f"--{name} is {self.flat()[name]}, but must be at most 1")
 
     def at_least_one(self, *names: str) -> None:
         """Raises ValueError for the first of the options that is below 1."""

@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Sequence
 
-from ..names import memory_short, told
+from ..names import memory_short, peer_gone, told
 
 # What a user can put right. Every process has the first ones; the others, some by name, may happen to one alone.
 _OF_ALL = (ValueError, ImportError)
@@ -22,18 +22,20 @@ _DEAD_WORKER = "DataLoader worker"  # how PyTorch begins what it says of one
 _IN_WORKER = re.compile(r"Caught (\w+) in DataLoader worker process \d+\.\n.*?\n(?:[\w.]+\.)?\1: (.*)", re.DOTALL)
 
 
-def main(name: str, argv: Sequence[str]) -> None:
-    """Read the options of the program ``name`` (vcvae, latte, image_vae) and train by them."""
+def main(name: str, argv: Sequence[str]) -> int:
+    """Read the options of the program ``name`` (vcvae, latte, image_vae) and train by them, to the end or a signal."""
     config = importlib.import_module(f"{__package__}.{name}_options").Config.parse(argv)
-    importlib.import_module(f"{__package__}.{name}").train(config)
+    return importlib.import_module(f"{__package__}.{name}").train(config)
 
 
 def run(name: str, argv: Sequence[str]) -> int:
-    """Do :func:`main` and return the exit code: 1 for what a user can put right, 130 when interrupted."""
+    """Do :func:`main` and return the exit code: 1 for what a user can put right, 130 or 143 when stopped by a signal."""
     rank = os.environ.get("RANK", "0")
     try:
-        main(name, argv)
+        stopped_by = main(name, argv)
     except KeyboardInterrupt:
+        if rank == "0":
+            print("Error: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     except Exception as error:
         of_all = isinstance(error, _OF_ALL)
@@ -42,14 +44,15 @@ def run(name: str, argv: Sequence[str]) -> int:
         if rank == "0" or not of_all:
             print(f"Error{'' if rank == '0' else f' on process {rank}'}: {_message(error)}", file=sys.stderr)
     else:
-        return 0
+        return 128 + stopped_by if stopped_by else 0
     gc.collect()  # an error of a worker holds the workers in a cycle; ended at exit only, they would print a traceback
     return 1
 
 
 def _may_happen_to_one(error: Exception) -> bool:
     known = isinstance(error, OSError) or type(error).__name__ in _OF_ONE
-    return known or memory_short(error) is not None or str(error).startswith(_DEAD_WORKER)
+    others = memory_short(error) or peer_gone(error)
+    return known or others is not None or str(error).startswith(_DEAD_WORKER)
 
 
 def _message(error: Exception) -> str:
@@ -61,4 +64,4 @@ def _message(error: Exception) -> str:
         )
     if caught := _IN_WORKER.match(str(error)):
         return caught[2].strip()
-    return told(error)
+    return peer_gone(error) or told(error)

@@ -76,6 +76,7 @@ class Trainer(ABC):
         self.config, self.accelerator = config, accelerator
         self.output = Path(config.run.output)
         self.step = 0
+        self.stopped_by = 0  # the signal that a run stopped for before its end
         self.pending: dict[str, list[float]] = {}
         self.stateful: dict[str, Any] = {}
 
@@ -228,6 +229,7 @@ class Trainer(ABC):
                 if stopping:
                     logger.warning("stopped at step %d; the same command goes on from there", self.step)
                     break
+        self.stopped_by = stop.number if self.step < steps else 0
         folder = self.finish() if self.step == steps else None
         self.accelerator.end_training()
         return folder

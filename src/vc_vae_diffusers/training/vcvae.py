@@ -364,11 +364,12 @@ def benchmark_loader(trainer: VAETrainer, steps: int) -> None:
     print(f"unreadable {trainer.health.unreadable}, unsuitable for their bucket {trainer.health.unsuitable}")
 
 
-def train(config: Config) -> None:
-    """Train by options, or measure the loader."""
+def train(config: Config) -> int:
+    """Train by options, or measure the loader; returns the number of the signal that stopped the run, or 0."""
     accelerator = prepare(config.run)
     trainer = VAETrainer(config, accelerator, *find_data(config.data))
     if config.run.benchmark_loader:
         benchmark_loader(trainer, config.run.benchmark_loader)
     else:
         trainer.run()
+    return trainer.stopped_by

@@ -102,7 +102,9 @@ class Config(options.Config):
         self.require("data")
         super().check()
         self.require_json("model_options")
-        self.at_least_one("validation_size", "validation_frames")
+        self.at_least_one("validation_size", "validation_frames", "validation_clips", "shuffle_buffer")
+        self.at_least_one("discriminator_channels", "discriminator_layers")
+        self.at_most_one("scale_jitter")
         given = [name for name in ("model", "from_image_vae", "model_config") if getattr(self.model, name)]
         if len(given) != 1:
             what = " and ".join(f"--{name}" for name in given) or "none of them"

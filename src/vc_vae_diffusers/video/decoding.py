@@ -19,7 +19,7 @@ from av.stream import Disposition
 
 from .containers import missing_end
 from .gif import gif_pixels
-from .info import ReadLimits, VideoReadError
+from .info import ReadLimits, VideoReadError, check_machine
 from .stills import check_file
 
 # What FFmpeg would read as lists of other files and of addresses, whatever the file is called. A video holds its own frames.
@@ -43,6 +43,7 @@ def open_container(path: Path) -> av.container.InputContainer:
     try:
         return av.open(file_url(path), container_options={"format_whitelist": _FORMATS}, metadata_errors="replace")
     except (av.FFmpegError, OSError) as error:
+        check_machine(path, error)
         problem = f"cannot be opened as a video ({error.strerror or error})"
         remedy = "The file is damaged, incomplete, of another kind or a list of other files; re-encode or download it again."
         raise VideoReadError(path, problem, remedy) from error
@@ -171,6 +172,7 @@ class Decoding:
                 if packet.is_corrupt:
                     raise self._damaged(count, "a packet is incomplete")
         except av.FFmpegError as error:
+            check_machine(self.path, error)
             raise self._damaged(count, error.strerror or str(error)) from error
         if seek is not None:
             return

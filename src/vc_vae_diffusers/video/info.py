@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from typing import Literal, overload
@@ -19,6 +22,28 @@ class VideoReadError(ValueError):
 
     def __init__(self, path: PathLike, problem: str, remedy: str):
         super().__init__(f"{os.fspath(path)}: {problem}. {remedy}")
+
+
+def check_machine(path: PathLike, error: Exception, *numbers: int) -> None:
+    """Raises MemoryError for an error that says of the machine, and not of the file, that it has no thread or memory left.
+
+    Args:
+        path: of the file that was at work.
+        error: of FFmpeg.
+        numbers: that say so; EAGAIN always does: threads that could not be started.
+    """
+    if getattr(error, "errno", None) in (errno.EAGAIN, *numbers):
+        raise MemoryError(f"out of memory, as it seems: no memory or thread is left for {os.fspath(path)}") from error
+
+
+@contextmanager
+def system_errors(path: PathLike) -> Iterator[None]:
+    """What the system says of a file that went away or is closed to this user, as what reading says of all others."""
+    try:
+        yield
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror or error})"
+        raise VideoReadError(path, problem, "Check the path and its permissions.") from error
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from .info import TIME_TOLERANCE, PathLike, ReadLimits, VideoInfo, VideoReadError, exact_fraction
+from .info import TIME_TOLERANCE, PathLike, ReadLimits, VideoInfo, VideoReadError, exact_fraction, system_errors
 from .pixels import Size, check_size, cropped, resize_and_crop, resized
 from .sources import Picture, open_source
 
@@ -107,14 +107,15 @@ class VideoReader:
             if value is not None and value < least:
                 raise ValueError(f"{name}: {value} must be at least {least}.")
         for name, rate in (("fps", fps), ("sequence_fps", sequence_fps)):
-            if rate is not None and rate <= 0:
-                raise ValueError(f"{name}: {rate} must be positive.")
+            if rate is not None and not 1e-5 <= rate < 2**31:
+                raise ValueError(f"{name}: {rate} must lie between 0.00001 and 2^31 frames a second.")
         if start and start_time is not None:
             raise ValueError(f"start: {start} and start_time={start_time} exclude each other; pass one of them.")
         if (stop is not None and stop <= start) or (stop is not None and start_time is not None):
             raise ValueError(f"stop: {stop} must be a frame number above start={start}; with start_time pass stop_time.")
-        if start_time is not None and start_time < 0:
-            raise ValueError(f"start_time: {start_time} must be at least 0 seconds.")
+        for name, seconds in (("start_time", start_time), ("stop_time", stop_time)):
+            if seconds is not None and not 0 <= seconds < 2**31:
+                raise ValueError(f"{name}: {seconds} must be at least 0 and below 2^31 seconds.")
         if stop_time is not None and stop_time <= (start_time or 0):
             raise ValueError(f"stop_time: {stop_time} must be above start_time={start_time or 0} seconds.")
         check_size("resize", resize)
@@ -127,7 +128,12 @@ class VideoReader:
         self._source = open_source(Path(path), background, exact_fraction(sequence_fps), threads, limits)
         self.info: VideoInfo = self._source.info
         self.fps: Fraction = self._rate or self.info.fps
-        self.height, self.width = cropped(*resized(self.info.height, self.info.width, resize), crop)
+        height, width = resized(self.info.height, self.info.width, resize)
+        if resize is not None and height * width > limits.pixels:
+            raise ValueError(
+                f"resize: {resize} makes frames of {width}x{height}, above {limits.pixels} pixels; pass a smaller one."
+            )
+        self.height, self.width = cropped(height, width, crop)
         self.end_time: Fraction | None = None
         self._passes: list[Generator] = []
 
@@ -176,13 +182,15 @@ class VideoReader:
     def _timed_chunks(self) -> Generator[tuple[torch.Tensor, list[Fraction]], None, None]:
         pictures = self._pictures()
         try:
-            while batch := [
-                (self._finish(picture), time) for picture, time in itertools.islice(pictures, self._chunk_frames)
-            ]:
+            while batch := self._batch(pictures):
                 chunk = torch.stack([frame for frame, _ in batch], dim=1)
                 yield (chunk[None] if self._batch_dim else chunk), [time for _, time in batch]
         finally:
             pictures.close()
+
+    def _batch(self, pictures: Iterator[tuple[Picture, Fraction]]) -> list[tuple[torch.Tensor, Fraction]]:
+        with system_errors(self.info.path):
+            return [(self._finish(picture), time) for picture, time in itertools.islice(pictures, self._chunk_frames)]
 
     def _pictures(self) -> Generator[tuple[Picture, Fraction], None, None]:
         """The pictures of the range, at the rate asked for, each with its output time."""

@@ -5,6 +5,7 @@ Pictures come as `(3, H, W)`, uint8, or float32 in [0, 255] where 8 bits do not 
 
 from __future__ import annotations
 
+import errno
 import functools
 import glob
 import io
@@ -25,7 +26,7 @@ from av.video.reformatter import VideoReformatter
 
 from .colour import HDR_TRANSFERS, bit_depth, color_matrix, composite, frame_to_rgb, full_range, has_alpha, orient
 from .decoding import Decoding, frame_index, open_container, picture_streams
-from .info import TIME_TOLERANCE, PathLike, ReadLimits, VideoInfo, VideoReadError
+from .info import TIME_TOLERANCE, PathLike, ReadLimits, VideoInfo, VideoReadError, check_machine, system_errors
 from .stills import read_image
 from .suffixes import IMAGE_SUFFIXES
 
@@ -97,6 +98,7 @@ class FileSource:
         try:
             rgb = frame_to_rgb(frame, scaler, self.threads)
         except (av.FFmpegError, ValueError) as error:
+            check_machine(self.path, error, errno.ENOMEM)
             problem = f"its pixel format {frame.format.name} cannot be converted to RGB ({error})"
             raise VideoReadError(self.path, problem, "Re-encode it, e.g. to H.264 yuv420p.") from error
         return orient(composite(rgb, self.background), self.info.rotation, self.info.mirrored)
@@ -191,6 +193,13 @@ def open_source(
     Raises:
         VideoReadError: for anything that is missing, empty, damaged, too large or has no pictures.
     """
+    with system_errors(path):
+        return _open_source(path, background, sequence_fps, threads, limits)
+
+
+def _open_source(
+    path: Path, background: Sequence[int], sequence_fps: Fraction, threads: int, limits: ReadLimits
+) -> FileSource | ImageSource:
     paths = _sequence_paths(path)
     if paths is not None or path.suffix.lower() in IMAGE_SUFFIXES or _is_iso_still(path):
         info = _image_info(paths or [path], os.fspath(path), "image" if paths is None else "sequence", sequence_fps, limits)

@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from ..files import read_text
+
 # Read and written by Pillow as one picture; HEIC needs the package pillow-heif.
 IMAGE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".heic", ".heif"}
@@ -43,12 +45,12 @@ def list_lines(path: Path) -> list[tuple[int, str]]:
     `cat #shorts.mp4` is one, `cat.mp4 # a cat` names `cat.mp4`.
 
     Raises:
-        ValueError: for what is not text.
+        ValueError: for what is not text, and what may never end.
     """
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no list of files: it is not text; give a text file with one name a line") from error
+        lines = [line.strip() for line in read_text(path).removeprefix("\ufeff").splitlines()]
+    except ValueError as error:
+        raise ValueError(f"{error}; give a text file with one name a line") from error
     named = (line if is_media_name(line.split("/")[-1]) else re.split(r"\s#", line)[0].rstrip() for line in lines)
     return [(number, line) for number, line in enumerate(named, start=1) if line and not line.startswith("#")]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -20,7 +21,7 @@ from .audio import AudioCopy
 from .colour import EncoderColours
 from .decoding import file_url
 from .gif import GifPalette, set_last_delay
-from .info import PathLike, exact_fraction
+from .info import PathLike, check_machine, exact_fraction
 from .pixels import to_uint8
 from .stills import check_folder
 from .suffixes import WRITABLE_VIDEO_SUFFIXES
@@ -158,7 +159,10 @@ class VideoWriter:
                 self._write_frame(rgb, None if times is None else times[index])
         except (av.FFmpegError, OSError) as error:
             self.abort()
-            raise VideoWriteError(f"{self.path}: writing failed at frame {self.num_frames} ({error}).") from error
+            check_machine(self.path, error, errno.ENOMEM)
+            raise VideoWriteError(
+                f"{self.path}: writing failed at frame {self.num_frames} ({error.strerror or error})."
+            ) from error
 
     def _write_frame(self, rgb: torch.Tensor, time: Fraction | None) -> None:
         height, width = rgb.shape[1:]
@@ -295,7 +299,8 @@ class VideoWriter:
             self._file.close()
         except (av.FFmpegError, OSError) as error:
             self.abort()
-            raise VideoWriteError(f"{self.path}: the file could not be finished ({error}).") from error
+            check_machine(self.path, error, errno.ENOMEM)
+            raise VideoWriteError(f"{self.path}: the file could not be finished ({error.strerror or error}).") from error
         finally:
             self._release()
 
