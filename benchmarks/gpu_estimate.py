@@ -5,7 +5,7 @@ The models run on fake CUDA tensors, which have shapes, strides and a device but
 start is counted: its floating-point operations, the bytes that it reads and writes, by kind, and the memory alive at the
 worst moment. A kernel takes the longest of three times: its arithmetic at a share of the peak rate, its bytes at the
 memory's bandwidth, and a launch. All figures are estimates, from assumptions that are the same for all models and are
-options; with a GPU, `vae_speed.py --device cuda` measures.
+options. Where there is a GPU, or with `--measure`, the models run for real as well, and what they took stands beside it.
 
 What PyTorch does inside of an operation on CUDA is counted as well: a convolution whose input and kernel are both stored
 with the channels first is transposed by cuDNN there and back in half precision, one with a bias adds it in a pass of its
@@ -34,7 +34,19 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from common import DTYPES, MODELS, add_common_options, console, environment, parse_size, plain, report, run, table
+from common import (
+    DTYPES,
+    MODELS,
+    add_common_options,
+    console,
+    environment,
+    parse_size,
+    plain,
+    report,
+    run,
+    table,
+)
+from gpu_measure import latents_of, measure
 from inductor_schedule import schedule
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -310,13 +322,6 @@ def take_ways_of_gpus(vae: torch.nn.Module) -> None:
             layer.ways = tuple(replace(way, always=True) if hasattr(way, "always") else way for way in ways)
 
 
-def latents_of(vae: torch.nn.Module, clip: torch.Tensor) -> torch.Tensor:
-    """Latents of the shape that encoding the clip gives, by encoding a small one."""
-    small = clip[..., :64, :64]
-    shape = run(vae, "encode", small).shape
-    return clip.new_empty(*shape[:3], shape[3] * clip.shape[3] // 64, shape[4] * clip.shape[4] // 64)
-
-
 def train_step(vae: torch.nn.Module, clip: torch.Tensor, optimizer: torch.optim.Optimizer, autocast: bool) -> None:
     """One step of `train_step.py`."""
     with torch.autocast(clip.device.type, torch.bfloat16, enabled=autocast):
@@ -388,12 +393,9 @@ def tables(rows: list[dict[str, Any]], options: argparse.Namespace) -> list:
     """Totals of every run, and what each kind takes."""
     size, how = f"{options.size[0]}x{options.size[1]}", "compiled" if options.compiled else "eager"
     columns = ["model", "", "frames", "TFLOP", "launches", "GB", "ms/frame", "peak live GB", "conv. channels last", "waits"]
-    made = [
-        table(
-            f"Estimated, nothing ran on a GPU: {size}, {options.dtype}, {how}",
-            columns,
-        )
-    ]
+    ran = f"measured on {options.device}" if options.measure else "nothing ran on a GPU"
+    columns += ["measured ms/frame", "peak GB"] if options.measure else []
+    made = [table(f"Estimated, {ran}: {size}, {options.dtype}, {how}", columns)]
     by_kind = table("The same, ms/frame by kind (GB)", ["model", "", *KINDS])
     for row in rows:
         layouts = row["convolution_layouts"]
@@ -407,6 +409,8 @@ def tables(rows: list[dict[str, Any]], options: argparse.Namespace) -> list:
         peak = "" if options.compiled else f"{row['peak_live_bytes'] / 1e9:.1f}"
         cells += [peak, f"{last} of {sum(layouts.values())}"]
         cells.append(str(sum(row["transfers_and_waits"].values())))
+        if options.measure:
+            cells += [f"{row['measured_ms_per_frame']:.2f}", f"{row['measured_peak_bytes'] / 1e9:.2f}"]
         made[0].add_row(row["model"], row["operation"], str(row["frames"]), *cells)
         kinds = []
         for kind in KINDS:
@@ -434,7 +438,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--share", type=float, default=Machine.share, help="of the peak that convolutions reach")
     parser.add_argument("--bandwidth", type=float, default=Machine.bandwidth, help="of memory, in TB/s")
     parser.add_argument("--launch", type=float, default=Machine.launch, help="the least time of a kernel, in microseconds")
+    there = torch.cuda.is_available()
+    parser.add_argument("--measure", action=argparse.BooleanOptionalAction, default=there, help="run on --device as well")
+    parser.add_argument("--runs", type=int, default=5, help="of a measurement, after two")
     add_common_options(parser)
+    parser.set_defaults(device="cuda" if there else "cpu")
     options = parser.parse_args(arguments)
     if options.compiled and (trained := [name for name in options.operation if name.startswith("train")]):
         parser.error(f"--operation {' '.join(trained)}: --compiled reads encode and decode only, leave one of them out")
@@ -448,8 +456,8 @@ def main(arguments: list[str] | None = None) -> None:
             if row is None:
                 console(f"{name} supports no gradient checkpointing: left out")
             else:
-                rows.append(row)
-    results = {"environment": environment("cpu", options.threads), "options": plain(options), "rows": rows}
+                rows.append({**row, **(measure(name, operation, options) if options.measure else {})})
+    results = {"environment": environment(options.device, options.threads), "options": plain(options), "rows": rows}
     report(results, options.json, tables(rows, options))
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Time and peak memory of a training step, gradient checkpointing off and on, VC-VAE beside HunyuanVideo's VAE.
+"""Time and peak memory of a training step, gradient checkpointing off and on, VC-VAE beside diffusers' video VAEs.
 
 A step is what `examples/train_vcvae.py` does in Stage I without LPIPS: encode, sample, decode, L1 + 1e-8 KL, backward,
 AdamW; float32 weights, optionally bfloat16 autocast. Every measurement is a fresh process with one step to warm up (on CUDA
@@ -140,7 +140,7 @@ def tables(rows: list[dict[str, Any]], options: argparse.Namespace) -> list:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    models = ["vcvae-4x8x8", "hunyuanvideo-untiled"]
+    models = ["vcvae-4x8x8", "wan", "hunyuanvideo-untiled", "cogvideox"]
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=models, metavar="NAME")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="bfloat16 is autocast")
     parser.add_argument("--size", type=parse_size, default=(64, 64), help="HEIGHTxWIDTH")

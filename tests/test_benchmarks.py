@@ -172,6 +172,31 @@ def test_gpu_estimate(tmp_path, capsys):
     assert "790 TFLOP/s" in shown
 
 
+def test_a_measurement_stands_beside_the_estimate(tmp_path, capsys):
+    arguments = (
+        "--models",
+        "vcvae-tiny",
+        "wan-tiny",
+        "--size",
+        32,
+        "--frames",
+        4,
+        "--measure",
+        "--runs",
+        1,
+        "--device",
+        "cpu",
+    )
+    made = results("gpu_estimate", tmp_path, *arguments, "--operation", "encode", "decode", "train")
+    assert len(made["rows"]) == 6
+    for row in made["rows"]:
+        assert row["measured_ms_per_frame"] > 0
+        assert row["measured_peak_bytes"] >= 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "measured on cpu" in shown
+    assert "nothing ran on a GPU" not in shown
+
+
 def test_the_schedule_of_the_compiler_is_read_without_a_gpu(tmp_path, capsys):
     arguments = ("--models", "vcvae-tiny", "wan-tiny", "--size", 64, "--frames", 4, "--operation", "encode", "decode")
     compiled, eager = (
