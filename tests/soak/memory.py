@@ -31,7 +31,7 @@ from vc_vae_diffusers.training import image_vae
 
 IMPORTED = (image_vae,)  # once, before processes are forked
 COMPARED = (".safetensors", ".mp4", ".png", ".json", ".tar")
-LEAST, MOST = 16 << 20, 400 << 20
+LEAST, MOST = 32 << 20, 400 << 20
 SIZES = {"size=32": "size=256", "resolution: 32": "resolution: 128", "sizes: [16]": "sizes: [256]"}
 
 

@@ -159,6 +159,15 @@ def test_lists_with_sections_csv_and_patterns(tmp_path):
         vdata.read_list(tmp_path / "list.txt", "test")
 
 
+def test_a_csv_file_needs_a_column_of_files_and_one_of_sections(tmp_path):
+    (tmp_path / "names.csv").write_text("name,split\na.mp4,train\n")
+    (tmp_path / "files.csv").write_text("file\na.mp4\n")
+    assert vdata.read_list(tmp_path / "files.csv") == ["a.mp4"]
+    for name, section in (("names.csv", None), ("names.csv", "train"), ("files.csv", "train")):
+        with pytest.raises(ValueError, match="needed are file, path or video, and split"):
+            vdata.read_list(tmp_path / name, section)
+
+
 def test_files_of_a_folder_and_of_a_list(tmp_path):
     for name in ("a.mp4", "b.MP4", "deep/c.mkv", "deep/d.png", "notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -374,6 +383,12 @@ def test_files_that_do_not_fit_a_bucket_are_passed_over_but_are_not_unreadable(v
     assert health.unsuitable >= 2
     with pytest.raises(vdata.DataError, match=r"48x64 \(height x width\), smaller than 64x64"):
         dataset[clip_plan.ClipRequest(0, 1, 0)]
+
+
+@pytest.mark.parametrize("jitter", [-0.1, 1.1])
+def test_jitter_lies_between_nothing_and_all(jitter):
+    with pytest.raises(ValueError, match=r"scale_jitter=.* must lie in \[0, 1\]"):
+        vdata.ClipReader(jitter)
 
 
 def test_a_skip_does_not_depend_on_what_was_read_before(videos, broken):
