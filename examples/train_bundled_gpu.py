@@ -15,14 +15,16 @@ import argparse
 import json
 import logging
 import math
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -311,19 +313,28 @@ def settings(args: argparse.Namespace) -> dict:
     return json.loads(json.dumps({name: value for name, value in vars(args).items() if name not in _FREE}))
 
 
+def spelled(name: str, value: Any) -> str:
+    """An option as it is given."""
+    values = value if isinstance(value, list) else [value]
+    return f"no --{name}" if value is None else f"--{name} {shlex.join(map(str, values))}"
+
+
 def saved_progress(args: argparse.Namespace) -> Progress:
     """How far the run of this folder came.
 
     Raises:
-        ValueError: if it was made with other options.
+        ValueError: if it was made with other options, or its state is damaged.
     """
     path = args.output / STATE
     if not path.exists():
         return Progress()
-    with safe_open(path, "pt") as file:
-        told = file.metadata()
+    try:
+        with safe_open(path, "pt") as file:
+            told = file.metadata()
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it, and the run begins anew") from error
     before, now = json.loads(told["settings"]), settings(args)
-    if changed := [f"--{name} {before.get(name)}" for name in now if before.get(name) != now[name]]:
+    if changed := [spelled(name, before.get(name)) for name in now if before.get(name) != now[name]]:
         raise ValueError(
             f"--output {args.output} holds a run with {', '.join(changed)}: go on with these, or take another folder"
         )

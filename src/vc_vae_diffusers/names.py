@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 BUNDLED = "bundled"
@@ -70,7 +71,7 @@ def hub_problem(name: str, error: BaseException, file: str = "", access: str = _
     from huggingface_hub import errors
 
     cause: BaseException | None = error
-    while cause is not None:
+    while cause is not None and not (isinstance(cause, OSError) and cause.errno):  # a full disk is not the hub's
         status = getattr(getattr(cause, "response", None), "status_code", None)
         if isinstance(cause, errors.GatedRepoError):
             return f"{name} is gated: accept its licence on its hub page with your account, then {access}"
@@ -86,8 +87,25 @@ def hub_problem(name: str, error: BaseException, file: str = "", access: str = _
         if isinstance(cause, errors.LocalEntryNotFoundError) and not isinstance(cause.__cause__, errors.HfHubHTTPError):
             lack = f"the hub cannot be reached, and its cache lacks {file or 'it'}"
             return f"{name}: {lack}: check the connection, or download it first"
-        cause = cause.__cause__ or cause.__context__
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     return None
+
+
+@contextlib.contextmanager
+def asked_of_hub(option: str, name: str) -> Iterator[None]:
+    """Say, where a model cannot be had from the hub, what the hub answered.
+
+    Raises:
+        OSError: naming the option; as it is where the model is a folder here.
+    """
+    try:
+        yield
+    except OSError as error:
+        if Path(name).exists():
+            raise
+        first = str(error).partition("\n")[0]
+        why = hub_problem(name, error) or f"{name} could not be had from the hub ({first}): download it first"
+        raise OSError(f"{option}: {why}.") from error
 
 
 def some(names: Sequence[str]) -> str:

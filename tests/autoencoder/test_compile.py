@@ -125,8 +125,9 @@ def test_warming_up_leaves_nothing_to_compile_for_a_clip(make_vae, make_video):
     vae.compile(backend=other)
     vae.warm_up(height, width, encode=False)
     assert other.frame_count == 2
-    with pytest.raises(ValueError, match=r"height and width are 12 and 31: pass multiples of 2"):
-        vae.warm_up(12, 31)
+    for size in ((12, 31), (0, 12), (12, -2)):
+        with pytest.raises(ValueError, match=r"height and width are {} and {}: pass positive multiples of 2".format(*size)):
+            vae.warm_up(*size)
 
 
 def test_on_gpus_inductor_does_not_keep_what_norms_make(make_vae, monkeypatch):

@@ -4,14 +4,20 @@ import http.server
 import re
 import threading
 
+import httpx
 import huggingface_hub
 import pytest
+import torch
 from diffusers.utils import hub_utils
+from huggingface_hub.errors import GatedRepoError
 from typer.testing import CliRunner
 
 from vc_vae_diffusers import AutoencoderKLVCVAE
+from vc_vae_diffusers.app.models import Models
 from vc_vae_diffusers.cli.app import app
 from vc_vae_diffusers.evaluation.loading import ModelSpec, load_model
+from vc_vae_diffusers.names import hub_problem
+from vc_vae_diffusers.training import any_vae
 
 LOG_IN = r"log in with an account that may read it \(`hf auth login`, or HF_TOKEN\)"
 ANSWERS = {
@@ -81,6 +87,28 @@ def test_a_refusal_says_what_it_is_and_what_helps(answer, hub, tmp_path):
         with pytest.raises(OSError, match="someone/vae") as raised:
             load()
         assert_told(str(raised.value), answer, TOKEN)
+
+
+@pytest.mark.parametrize("answer", ANSWERS, ids=lambda answer: " ".join(map(str, answer)).strip())
+def test_trainers_and_the_app_say_it_too(answer, hub):
+    hub(*answer)
+    for option, load in {
+        "--model": lambda: any_vae.load_vae("someone/vae"),
+        "model": lambda: Models(["someone/vae"], torch.device("cpu"))._load("someone/vae", torch.float32),
+    }.items():
+        with pytest.raises(OSError, match=f"^{option}: someone/vae") as raised:
+            load()
+        assert_told(str(raised.value), answer, LOG_IN)
+
+
+def test_what_is_not_the_hubs_is_not_said_of_it():
+    refused = GatedRepoError("no", response=httpx.Response(403, request=httpx.Request("GET", "http://hub")))
+    full, other = OSError(28, "No space left on device"), ValueError("bad")
+    full.__context__ = other.__context__ = refused
+    assert hub_problem("someone/vae", other).startswith("someone/vae is gated")
+    other.__suppress_context__ = True
+    assert hub_problem("someone/vae", other) is None
+    assert hub_problem("someone/vae", full) is None
 
 
 def assert_told(text: str, answer: tuple[int, str], access: str) -> None:

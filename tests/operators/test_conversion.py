@@ -278,6 +278,30 @@ def test_half_precision_is_loaded_and_removed():
     assert all(torch.equal(layer.weight, kernel) for layer, kernel in zip(model, expected, strict=True))
 
 
+@pytest.mark.parametrize(("before", "given"), [("float32", "float16"), ("float16", "float32"), ("float32", "float64")])
+def test_a_state_that_is_assigned_brings_its_dtype(before, given):
+    before, given = getattr(torch, before), getattr(torch, given)
+    model, other = with_a_weak_tap(), with_a_weak_tap(1).to(given)
+    apply_tdc(model)
+    model.to(before).load_state_dict(other.state_dict(), assign=True)
+    x = torch.randn(1, 3, 5, 8, 8, dtype=given)
+    torch.testing.assert_close(model(x), other(x), rtol=1e-2, atol=1e-3)
+
+
+def test_slices_in_double_go_to_half_precision_as_float32():
+    model = with_a_weak_tap().double()
+    apply_tdc(model)
+    assert model.half()[0].parametrizations.weight.original.dtype == torch.float32
+
+
+def test_gradients_do_not_outlive_what_they_are_of():
+    model = with_a_weak_tap()
+    for convert in (apply_tdc, remove_tdc):
+        model(torch.randn(1, 3, 5, 8, 8)).sum().backward()
+        convert(model)
+        assert all(parameter.grad is None for name, parameter in model.named_parameters() if "bias" not in name)
+
+
 # Saved and loaded -------------------------------------------------------------------------------------------------------
 
 
@@ -311,13 +335,26 @@ def test_slices_of_another_operator_are_not_loaded(tmp_path, saved, loaded):
     torch.save(given.state_dict(), tmp_path / "weights.pt")
     for state in (given.state_dict(), torch.load(tmp_path / "weights.pt", weights_only=True)):
         with pytest.raises(
-            RuntimeError, match=f"0.weight is of a {saved.__name__}, this layer is a {loaded.__name__}: convert"
+            RuntimeError, match=f"0.weight is of a {saved.__name__}, this layer is a {loaded.__name__}: load"
         ):
             model.load_state_dict(state, strict=False)
+    assert not torch.equal(model[0].weight, given[0].weight)
+    del state["0.weight"]
+    model.load_state_dict(state, strict=False)  # a bias is a bias
     nn.Sequential(loaded(3, 3, (1, 3, 3))).load_state_dict(
         nn.Sequential(saved(3, 3, (1, 3, 3))).state_dict()
     )  # one tap is one
     model.load_state_dict(dict(given.state_dict()))  # nothing says what they are
+
+
+def test_a_class_derived_from_an_operator_is_that_operator():
+    class Derived(CausalTDC):
+        pass  # as FSDP and parametrizations do
+
+    Derived(3, 3).load_state_dict(CausalTDC(3, 3).state_dict())
+    CausalTDC(3, 3).load_state_dict(Derived(3, 3).state_dict())
+    with pytest.raises(RuntimeError, match="of a CausalTDC, this layer is a CausalConv3d"):
+        CausalConv3d(3, 3).load_state_dict(Derived(3, 3).state_dict())
 
 
 def test_states_go_both_ways_between_a_model_and_itself_with_tdc():

@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from tiny_models import tiny_vae
+from torch._utils import ExceptionWrapper
 from typer.testing import CliRunner
 from vae_runs import STAGE_1, STAGE_2
 
@@ -144,6 +145,35 @@ def test_what_happens_to_one_process_is_said_by_it(capsys, monkeypatch):
     monkeypatch.setattr(program, "main", Mock(side_effect=KeyError("a bug")))
     with pytest.raises(KeyError):
         program.run("vcvae", [])
+
+
+@pytest.mark.parametrize(
+    ("cause", "error", "said"),
+    [
+        (DataError("no frame"), DataError("no clip\nat all"), "Error: no clip\nat all\n"),
+        (KeyError("x"), ValueError("a: b"), "Error: a: b\n"),
+        (None, MemoryError("no memory is left for a.mp4"), "Error: no memory is left for a.mp4. Use fewer --num_workers"),
+        (
+            None,
+            RuntimeError("can't start new thread"),
+            "Error: out of memory, as it seems: can't start new thread. Use fewer",
+        ),
+    ],
+)
+def test_an_error_of_a_worker_is_said_as_it_was_raised_there(cause, error, said, monkeypatch, capsys):
+    def fail(*_) -> None:
+        try:
+            try:
+                raise cause or error
+            except type(cause or error) as first:
+                raise error from (first if cause else None)
+        except Exception:
+            wrapped = ExceptionWrapper(where="in DataLoader worker process 0")
+        wrapped.reraise()
+
+    monkeypatch.setattr(program, "main", fail)
+    assert program.run("vcvae", []) == 1
+    assert capsys.readouterr().err.startswith(said)
 
 
 @pytest.mark.skipif(shutil.which("taskset") is None, reason="needs taskset, to run on one processor")

@@ -209,3 +209,11 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(script, small_run, tmp_p
         ValueError, match=r"--output .*cut holds a run with --learning_rate 0.002, --seed 0: go on with these"
     ):
         script.main([*small_run, "--output", str(cut), "--learning_rate", "1", "--seed", "3"])
+    with pytest.raises(
+        ValueError, match=r"a run with --sides 32, --buckets 'size=16 frames=4 fps=0 batch=1 weight=2' 'size"
+    ):
+        script.main([*small_run, "--output", str(cut), "--sides", "32", "48", "--buckets", "size=16 frames=4 fps=0 batch=1"])
+    assert script.spelled("steps", None) == "no --steps"
+    (cut / "state.safetensors").write_bytes(b"{}")
+    with pytest.raises(ValueError, match=r"state\.safetensors is damaged \(.*\): remove it, and the run begins anew"):
+        script.main([*small_run, "--output", str(cut)])

@@ -11,6 +11,8 @@ import torch
 
 from vc_vae_diffusers import AutoencoderKLVCVAE, bundled_model_path
 
+from ..names import asked_of_hub
+
 BUNDLED = "bundled"
 
 
@@ -60,7 +62,8 @@ class Models:
             subfolder = None
             if Path(place).is_dir() and not (Path(place) / "config.json").exists() and (Path(place) / "vae").is_dir():
                 subfolder = "vae"
-            vae = AutoencoderKLVCVAE.from_pretrained(place, subfolder=subfolder, torch_dtype=dtype)
+            with asked_of_hub("model", place):
+                vae = AutoencoderKLVCVAE.from_pretrained(place, subfolder=subfolder, torch_dtype=dtype)
             vae = vae.to(self.device).eval().requires_grad_(False)
             vae.fuse_tdc()
             self._loaded = ((name, dtype), vae)

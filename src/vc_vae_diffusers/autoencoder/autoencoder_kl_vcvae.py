@@ -348,7 +348,8 @@ class AutoencoderKLVCVAE(SavedModelMixin, StreamsMixin, AutoencoderMixin):
         """Do at once what the first clip of a size would wait for: compiling, packing, choosing kernels.
 
         Two chunks of zeros, the start of a clip and what follows, go through the model as it is set: tiles, slices,
-        `groups_per_chunk`, dtype and device.
+        `groups_per_chunk`, dtype and device. Pictures, and clips that end within a chunk, have a last chunk of another
+        length, which still waits for compiling.
 
         Args:
             height, width: of frames, in pixels.
@@ -358,8 +359,8 @@ class AutoencoderKLVCVAE(SavedModelMixin, StreamsMixin, AutoencoderMixin):
             ValueError: if frames cannot have that size.
         """
         count, ratio = 2 * self.groups_per_chunk, self.spatial_compression_ratio
-        if height % ratio or width % ratio:
-            raise ValueError(f"height and width are {height} and {width}: pass multiples of {ratio}")
+        if min(height, width) < 1 or height % ratio or width % ratio:
+            raise ValueError(f"height and width are {height} and {width}: pass positive multiples of {ratio}")
         if encode:
             shape = 1, self.config.in_channels, self.groups.frames(count), height, width
             self.encode(torch.zeros(shape, dtype=self.dtype, device=self.device))

@@ -11,7 +11,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from .models import check_model, hub_error, model_name, read_config
+from ..names import asked_of_hub
+from .models import check_model, model_name, read_config
 from .options import JsonOption, SubfolderOption
 from .printing import emit, format_bytes
 
@@ -39,10 +40,8 @@ def _local_folder(place: str, subfolder: str | None) -> Path:
 
     inside = f"{subfolder}/" if subfolder else ""
     patterns = [f"{inside}{name}" for name in ("config.json", "README.md", "*.safetensors")]
-    try:
+    with asked_of_hub("--model", place):
         return Path(snapshot_download(place, allow_patterns=patterns), subfolder or "")
-    except OSError as error:
-        raise hub_error(place, error) from error
 
 
 def describe(folder: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from vc_vae_diffusers import bundled_model_path
 
 from ..files import read_json
-from ..names import BUNDLED, hub_problem, model_place
+from ..names import BUNDLED, asked_of_hub, model_place
 from .options import check_place, choose_device, choose_dtype, parse_tile
 
 if TYPE_CHECKING:
@@ -68,14 +68,6 @@ def read_config(folder: Path) -> dict:
     return config
 
 
-def hub_error(place: str, error: OSError) -> OSError:
-    """What to raise where a model could not be had from the hub."""
-    first = str(error).partition("\n")[0]
-    return OSError(
-        f"--model: {hub_problem(place, error) or f'{place} could not be had from the hub ({first}): download it first'}."
-    )
-
-
 def load_model(
     model: str | None,
     subfolder: str | None = None,
@@ -99,12 +91,8 @@ def load_model(
 
     target = choose_device(device)
     precision = choose_dtype(dtype, target)
-    try:
+    with asked_of_hub("--model", place):
         vae = AutoencoderKLVCVAE.from_pretrained(place, subfolder=subfolder, torch_dtype=precision)
-    except OSError as error:
-        if Path(place).exists():
-            raise
-        raise hub_error(place, error) from error
     vae = vae.to(target).eval().requires_grad_(False)
     vae.fuse_tdc(compile)
     vae.groups_per_chunk = groups_per_chunk

@@ -145,7 +145,7 @@ class TDCSlices(parametrize.ParametrizationList):
 
         def kept(tensor: torch.Tensor) -> torch.Tensor:
             moved = fn(tensor)
-            return moved if moved.dtype.itemsize >= 4 else tensor.to(moved.device)
+            return moved if moved.dtype.itemsize >= 4 else tensor.to(moved.device, torch.float32)
 
         return super()._apply(kept, recurse)
 
@@ -160,10 +160,12 @@ def _save_kernel(layer: Any, state: dict, prefix: str, local_metadata: dict) -> 
         state[prefix + "weight"] = layer.parametrizations.weight[0](slices).to(layer.parametrizations.weight.dtype)
 
 
-def _load_kernel(layer: Any, state: dict, prefix: str, *args) -> None:
+def _load_kernel(layer: Any, state: dict, prefix: str, local_metadata: dict, *args) -> None:
     """The inverse of `_save_kernel`."""
     if prefix + "weight" in state:
         kernel = state.pop(prefix + "weight")
+        if local_metadata.get("assign_to_params_buffers"):  # the layer takes what is loaded as it is, its dtype too
+            layer.parametrizations.weight.dtype = kernel.dtype
         state[prefix + _SLICES] = layer.parametrizations.weight[0].right_inverse(kernel)
 
 
@@ -176,6 +178,7 @@ def _parametrize(layer: Any, anchor: int) -> nn.Conv3d:
     parametrize.register_parametrization(layer, "weight", TDCParametrization(anchor))
     slices = layer.parametrizations.weight
     slices.dtype, slices.__class__ = slices.original.dtype, TDCSlices
+    slices.original.grad = None  # it was the kernel's
     layer.tdc_hooks = (
         layer.register_state_dict_post_hook(_save_kernel),
         layer.register_load_state_dict_pre_hook(_load_kernel),
@@ -187,7 +190,8 @@ def _unparametrize(layer: Any) -> nn.Conv3d:
     for handle in layer.tdc_hooks:
         handle.remove()
     del layer.tdc_hooks
-    layer.parametrizations.weight.original.data = layer.weight.detach()
+    slices = layer.parametrizations.weight.original
+    slices.data, slices.grad = layer.weight.detach(), None
     parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
     return layer
 

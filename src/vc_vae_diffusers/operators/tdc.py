@@ -135,21 +135,27 @@ class TemporalConv3d(KernelLayer, nn.Conv3d):
         """Apply the operator to the next chunk of a clip: see `stream`, the function."""
         return stream(self, self.neighbours, x, past)
 
+    @classmethod
+    def _operator(cls) -> str:
+        """The operator's class here, whatever has been derived from it: FSDP and parametrizations do that too."""
+        return next(base.__name__ for base in cls.__mro__ if "slices" in vars(base))
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """State dicts say which operator their slices are of: they have one name and one shape in all."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if hasattr(destination, "_metadata"):
-            destination._metadata[prefix[:-1]]["operator"] = type(self).__name__
+            destination._metadata[prefix[:-1]]["operator"] = self._operator()
 
     def _load_from_state_dict(self, state: Any, prefix: str, local_metadata: dict, *args: Any) -> None:
         """As in `nn.Module`; slices of another operator are an error, for they would be another function here."""
-        super()._load_from_state_dict(state, prefix, local_metadata, *args)
-        own, given = type(self).__name__, local_metadata.get("operator", type(self).__name__)
-        if given != own and len(self.slices) > 1:
-            errors = args[-1]
-            errors.append(
-                f"{prefix}weight is of a {given}, this layer is a {own}: convert with `apply_tdc` or `remove_tdc` first"
-            )
+        own, given, errors = self._operator(), local_metadata.get("operator"), args[-1]
+        if given in (None, own) or len(self.slices) == 1 or prefix + "weight" not in state:
+            super()._load_from_state_dict(state, prefix, local_metadata, *args)
+            return
+        errors.append(
+            f"{prefix}weight is of a {given}, this layer is a {own}: load it into a model of that operator, which "
+            "`apply_tdc` or `remove_tdc` then converts to its twin"
+        )
 
     @property
     def temporal_padding(self) -> str:

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..autoencoder.autoencoder_kl_vcvae import AutoencoderKLVCVAE
 from ..autoencoder.frame_groups import repeat_frames
-from ..names import model_place
+from ..names import asked_of_hub, model_place
 
 # Modules of the parts that can be trained apart; a VAE has the quant convolutions or not.
 PARTS = {"encoder": ("encoder", "quant_conv"), "decoder": ("decoder", "post_quant_conv")}
@@ -29,11 +29,13 @@ def load_vae(path: str, subfolder: str | None = None) -> ModelMixin:
         ValueError: if there is no such folder, or neither this package nor diffusers has its class.
     """
     path = model_place("--model", path)
-    name = str(AutoencoderKLVCVAE.load_config(path, subfolder=subfolder)["_class_name"])
+    with asked_of_hub("--model", path):
+        name = str(AutoencoderKLVCVAE.load_config(path, subfolder=subfolder)["_class_name"])
     vae_class = AutoencoderKLVCVAE if name == AutoencoderKLVCVAE.__name__ else getattr(diffusers, name, None)
     if vae_class is None:
         raise ValueError(f"model={path!r}: its config.json names the class {name!r}, which diffusers does not have")
-    return vae_class.from_pretrained(path, subfolder=subfolder, torch_dtype=torch.float32)
+    with asked_of_hub("--model", path):
+        return vae_class.from_pretrained(path, subfolder=subfolder, torch_dtype=torch.float32)
 
 
 def check_size(vae: ModelMixin, where: str, *sides: int) -> None:

@@ -18,7 +18,7 @@ from ..autoencoder.checks import unknown_arguments
 from ..generation.diffusion_losses import DiffusionLoss, diffusion_schedule, learned_range_loss, min_snr_weight
 from ..generation.latte_transformer import LatteAdaLNTransformer3DModel, latte_size_config
 from ..generation.pipeline_latte import LatteVCVAEUnconditionalPipeline, normalize_latents
-from ..names import check_model_name, model_place
+from ..names import asked_of_hub, check_model_name, model_place
 from ..video import VideoWriter
 from ..video.suffixes import is_shards
 from . import data as clips
@@ -80,7 +80,8 @@ class LatteTrainer(Trainer):
         )
         self.health = clips.ReadHealth(data.max_unreadable)
         place = model_place("--vae", config.model.vae)
-        vae = AutoencoderKLVCVAE.from_pretrained(place, subfolder=config.model.vae_subfolder)
+        with asked_of_hub("--vae", place):
+            vae = AutoencoderKLVCVAE.from_pretrained(place, subfolder=config.model.vae_subfolder)
         check_size(vae, "--resolution", data.resolution)
         self.vae = vae.eval().requires_grad_(False).to(accelerator.device)
         self.cache: latent_cache.LatentCache | StoredLatents | None = None
@@ -162,7 +163,8 @@ class LatteTrainer(Trainer):
         }
         if config.init_from:
             check_model_name("--init_from", config.init_from)
-            model = LatteAdaLNTransformer3DModel.from_pretrained(config.init_from).train()
+            with asked_of_hub("--init_from", config.init_from):
+                model = LatteAdaLNTransformer3DModel.from_pretrained(config.init_from).train()
             for name in ("in_channels", "sample_size", "video_length", "num_classes"):
                 if model.config[name] != geometry[name]:
                     raise ValueError(

@@ -19,7 +19,7 @@ _OF_ALL = (ValueError, ImportError)
 _OF_ONE = {"DataError", "CheckpointError", "NonFiniteError", "VideoWriteError"}
 _DEAD_WORKER = "DataLoader worker"  # how PyTorch begins what it says of one
 # What PyTorch makes of an error in one: its traceback, then what it said.
-_IN_WORKER = re.compile(r"Caught (\w+) in DataLoader worker process \d+\.\n.*?\n(?:[\w.]+\.)?\1: (.*)", re.DOTALL)
+_IN_WORKER = re.compile(r"Caught (\w+) in DataLoader worker process \d+\.\n.*\n(?:[\w.]+\.)?\1: (.*)", re.DOTALL)
 
 
 def main(name: str, argv: Sequence[str]) -> int:
@@ -37,16 +37,26 @@ def run(name: str, argv: Sequence[str]) -> int:
         if rank == "0":
             print("Error: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
-    except Exception as error:
+    except Exception as raised:
+        error = _as_raised(raised)
         of_all = isinstance(error, _OF_ALL)
         if not of_all and not _may_happen_to_one(error):
             raise
         if rank == "0" or not of_all:
-            print(f"Error{'' if rank == '0' else f' on process {rank}'}: {_message(error)}", file=sys.stderr)
+            print(
+                f"Error{'' if rank == '0' else f' on process {rank}'}: {_message(error, error is not raised)}",
+                file=sys.stderr,
+            )
     else:
         return 128 + stopped_by if stopped_by else 0
     gc.collect()  # an error of a worker holds the workers in a cycle; ended at exit only, they would print a traceback
     return 1
+
+
+def _as_raised(error: Exception) -> Exception:
+    """An error of a worker as it was there, without the traceback; every other error as it is."""
+    caught = _IN_WORKER.match(str(error))
+    return type(error)(caught[2].strip()) if caught else error
 
 
 def _may_happen_to_one(error: Exception) -> bool:
@@ -55,13 +65,14 @@ def _may_happen_to_one(error: Exception) -> bool:
     return known or others is not None or str(error).startswith(_DEAD_WORKER)
 
 
-def _message(error: Exception) -> str:
+def _message(error: Exception, in_worker: bool) -> str:
     if short := memory_short(error):
-        return f"{short}. Make micro-batches smaller, or use --gradient_checkpointing true."
+        remedy = (
+            "Use fewer --num_workers" if in_worker else "Make micro-batches smaller, or use --gradient_checkpointing true"
+        )
+        return f"{short}. {remedy}."
     if str(error).startswith(_DEAD_WORKER):
         return (
             f"{str(error).splitlines()[0].rstrip('. ')}. If memory ran out, use fewer --num_workers; the same call goes on."
         )
-    if caught := _IN_WORKER.match(str(error)):
-        return caught[2].strip()
     return peer_gone(error) or told(error)

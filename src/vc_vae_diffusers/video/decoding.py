@@ -30,6 +30,8 @@ _INDEXABLE_FORMATS = frozenset({"mov", "matroska"})
 _INDEXABLE_CODECS = frozenset({"h264", "hevc", "av1", "vp9", "mpeg4", "mjpeg", "prores", "ffv1", "png", "dnxhd"})
 # AVI has no presentation times. For them FFmpeg takes, in these codecs, the time of the packet that a frame came out with.
 _REORDERED_IN_AVI = frozenset({"h264", "hevc", "vvc"})
+# Codecs whose decoders do not wait for a keyframe: they make up what a picture refers to.
+_UNWAITING = frozenset({"mpeg4", "h263", "flv1", "msmpeg4v1", "msmpeg4v2", "msmpeg4v3", "wmv1", "wmv2", "rv10", "rv20"})
 
 
 def file_url(path: Path) -> str:
@@ -139,7 +141,7 @@ class Decoding:
 
     def frames(self, seek: int | None = None) -> Iterator[av.VideoFrame]:
         """Frames in presentation order, all with a `pts`, from the start or from a keyframe that the demuxer finds for the
-        time `seek` (units of the stream's time base). None at all where that does not lead to a known time.
+        time `seek` (units of the stream's time base). None at all where that does not lead to a whole picture of known time.
 
         Raises:
             VideoReadError: at the first damaged frame, and at the end of a truncated file.
@@ -160,7 +162,7 @@ class Decoding:
                 for decoded in self.decoder.decode(None if packet.is_corrupt else packet):
                     if decoded.is_corrupt:
                         raise self._damaged(count, "the decoder had to conceal errors")
-                    if frame is None and decoded.pts is None and seek is not None:
+                    if frame is None and seek is not None and (decoded.pts is None or self._made_up(decoded)):
                         return
                     self._timed &= frame is not None or decoded.pts is not None
                     awaited.discard(decoded.pts)
@@ -184,6 +186,10 @@ class Decoding:
         if lost and self._indexable and not interlaced:
             raise self._damaged(count, f"{len(lost)} frames could not be decoded")
         self._check_complete(packets, count)
+
+    def _made_up(self, first: av.VideoFrame) -> bool:
+        """Whether the first frame after seeking may refer to what was never decoded."""
+        return self.stream.codec.canonical_name in _UNWAITING and not first.key_frame
 
     def _time(self, frame: av.VideoFrame, before: av.VideoFrame | None) -> int:
         """When a frame appears, as FFmpeg's tools have it: by its own time if that comes after the last frame's, else when
