@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import signal
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 
@@ -19,6 +20,9 @@ from vc_vae_diffusers.operators.tdc import TemporalConv3d
 # Sums depend on how many threads share them: the processes that tests start have as many as the tests.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+# A shell that runs the tests in the background has them ignore Ctrl-C, and with them the processes that they start and stop.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TINY = {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4}
 
