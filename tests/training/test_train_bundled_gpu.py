@@ -210,7 +210,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(script, small_run, tmp_p
     ):
         script.main([*small_run, "--output", str(cut), "--learning_rate", "1", "--seed", "3"])
     with pytest.raises(
-        ValueError, match=r"a run with --sides 32, --buckets 'size=16 frames=4 fps=0 batch=1 weight=2' 'size"
+        ValueError, match=r"a run with --buckets 'size=16 frames=4 fps=0 batch=1 weight=2' 'size=.*', --sides 32:"
     ):
         script.main([*small_run, "--output", str(cut), "--sides", "32", "48", "--buckets", "size=16 frames=4 fps=0 batch=1"])
     assert script.spelled("steps", None) == "no --steps"
