@@ -347,7 +347,10 @@ def test_wrong_calls_are_one_line_and_leave_nothing(model, clip, tmp_path):
         (["decode", tmp_path / "no.safetensors", out], "does not exist"),
         (["decode", next(model.glob("*.safetensors")), out], "make the file with `vcvae encode`"),
         (["decode", shards, tmp_path / "videos"], f"holds shards; decode them one by one, as {shards / '….tar'}"),
-        (["reconstruct", "https://example.org/a.mp4", out, "-m", model], "is an address, and only files are read"),
+        (
+            ["reconstruct", "https://example.org/a.mp4", out, "-m", model],
+            "IN: https://example.org/a.mp4 is an address, and only files are read",
+        ),
         (["stats", "--data", empty, "--model", "bundled", "--write"], "part of the installed package"),
         (["info", tmp_path / "nothing" / "here"], "neither a folder here nor"),
     ]:

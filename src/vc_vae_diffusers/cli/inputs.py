@@ -103,7 +103,8 @@ def _expand(source: Path, files: frozenset[str]) -> list[Path]:
             raise ValueError(f"IN: {source} matches no file; check the pattern.")
         return [source] if all(path.suffix.lower() in IMAGE_SUFFIXES for path in matches) else matches
     if re.match(r"(https?|ftp|s3|gs):/", os.fspath(source)):
-        raise ValueError(f"IN: {source} is an address, and only files are read; download it, and give its path.")
+        address = os.fspath(source).replace(":/", "://", 1)  # a path has no two slashes
+        raise ValueError(f"IN: {address} is an address, and only files are read; download it, and give its path.")
     if not source.exists() and not re.search(r"%0?\d*d", source.name):
         raise ValueError(f"IN: {source} does not exist; check the path.")
     return [source]
