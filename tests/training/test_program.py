@@ -138,7 +138,8 @@ def test_what_happens_to_one_process_is_said_by_it(capsys, monkeypatch):
     assert program.run("vcvae", []) == 130
     monkeypatch.setenv("RANK", "0")
     assert program.run("vcvae", []) == 130
-    assert capsys.readouterr().err == "Error: interrupted; the same command goes on from the last checkpoint\n"
+    said = "Error: interrupted; the same command goes on from the last checkpoint, if there is one\n"
+    assert capsys.readouterr().err == said
     for stopped_by, code in ((0, 0), (2, 130), (15, 143)):
         monkeypatch.setattr(program, "main", Mock(return_value=stopped_by))
         assert program.run("vcvae", []) == code
@@ -187,7 +188,7 @@ def test_clips_that_serve_no_bucket_are_one_line_though_workers_read_them(data, 
     said = [line for line in done.stderr.splitlines() if " INFO " not in line]
     assert "--num_workers is 2, more than the processors (1)" in said[-2]
     assert said[-1].startswith("Error: none of 100 files in a row serves bucket 512x512x8@24: ")
-    assert said[-1].endswith("train on fewer, smaller frames, or give other videos")
+    assert said[-1].endswith("give --buckets with fewer or smaller frames, or other videos")
     assert all(" WARNING " in line for line in said[:-1])
 
 
@@ -233,7 +234,7 @@ def test_a_run_says_what_it_is_and_where_the_model_lies(arguments, tmp_path, cap
     said = "\n".join(caplog.messages)
     model = vcvae.build_vae(vcvae_options.ModelConfig(model=str(tmp_path / "out" / "vae")))
     assert f"AutoencoderKLVCVAE, {model.num_parameters():,} parameters, {model.num_parameters():,} of them trained" in said
-    assert "4 files to train on, 1 held-out ones to validate on" in said
+    assert "4 files to train on, 1 held out to validate on" in said
     assert "2 on 1 process, cpu, float32" in said
     assert "bucket 1  32x32x8@24: 33.3% of the steps, 4 clips" in said
     assert "memory    bucket 32x32x8@24: 2 at once in about" in said

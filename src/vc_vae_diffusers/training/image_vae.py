@@ -146,7 +146,7 @@ class ImageVAETrainer(Trainer):
         count = sum(parameter.numel() for parameter in self.model.parameters())
         return super().summary() | {
             "model": f"AutoencoderKL, {count:,} parameters",
-            "data": f"{len(self.pictures):,} frames to train on, {len(self.held_out)} held-out ones to validate on",
+            "data": f"{len(self.pictures):,} frames to train on, {len(self.held_out)} held out to validate on",
         }
 
     def loads(self) -> list[memory.Load]:

@@ -35,7 +35,7 @@ def run(name: str, argv: Sequence[str]) -> int:
         stopped_by = main(name, argv)
     except KeyboardInterrupt:
         if rank == "0":
-            print("Error: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+            print("Error: interrupted; the same command goes on from the last checkpoint, if there is one", file=sys.stderr)
         return 130
     except Exception as raised:
         error = _as_raised(raised)

@@ -284,7 +284,7 @@ class VAETrainer(Trainer):
         kind = "shards" if is_shards(self.config.data.data) else "files"
         lines = {
             "model": f"{type(vae).__name__}, {total:,} parameters, {trained:,} of them trained",
-            "data": f"{len(self.sources):,} {kind} to train on, {len(self.held_out)} held-out ones to validate on",
+            "data": f"{len(self.sources):,} {kind} to train on, {len(self.held_out)} held out to validate on",
         }
         weights = sum(bucket.weight for bucket in self.buckets)
         for number, bucket in enumerate(self.buckets, 1):
