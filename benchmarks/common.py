@@ -113,8 +113,8 @@ MODELS: dict[str, Model] = {
 }
 
 
-def load(name: str, device: str, dtype: torch.dtype) -> diffusers.ModelMixin:
-    """Build a model for inference, on its device.
+def load(name: str, device: str, dtype: torch.dtype, fuse: bool = True) -> diffusers.ModelMixin:
+    """Build a model on its device, ours with kernels fused for inference or not.
 
     Raises:
         ValueError: for an unknown name.
@@ -130,7 +130,7 @@ def load(name: str, device: str, dtype: torch.dtype) -> diffusers.ModelMixin:
         for key, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[key] = buffer.to(device=device, dtype=dtype if buffer.is_floating_point() else buffer.dtype)
-    if MODELS[name].ours:
+    if MODELS[name].ours and fuse:
         vae.fuse_tdc()
     return vae
 

@@ -46,7 +46,7 @@ def train_steps(
 ) -> dict[str, Any]:
     """Seconds of each part of each step after the first, and memory; to be called in a fresh process."""
     imported = memory_bytes(device)
-    vae = load(name, device, torch.float32)
+    vae = load(name, device, torch.float32, fuse=False)
     vae.train().requires_grad_(True)
     if checkpointing:
         vae.enable_gradient_checkpointing()
