@@ -36,13 +36,18 @@ def check_model_name(option: str, name: str) -> None:
         raise ValueError(f"{option}: {name} is neither a folder here nor a hub id (owner/name); check the path.")
 
 
+def is_bundled(name: str | None) -> bool:
+    """Whether a name means the small checkpoint that comes with the package; a folder of that name comes first."""
+    return name == BUNDLED and not Path(name).exists()
+
+
 def model_place(option: str, name: str) -> str:
     """The folder or hub id that a name of a VC-VAE means; "bundled" is the small one in the package everywhere.
 
     Raises:
         ValueError: naming the option.
     """
-    if name == BUNDLED and not Path(name).exists():
+    if is_bundled(name):
         return str(bundled_model_path())
     check_model_name(option, name)
     return name

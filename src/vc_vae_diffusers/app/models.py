@@ -11,9 +11,7 @@ import torch
 
 from vc_vae_diffusers import AutoencoderKLVCVAE, bundled_model_path
 
-from ..names import asked_of_hub
-
-BUNDLED = "bundled"
+from ..names import BUNDLED, asked_of_hub
 
 
 class Models:

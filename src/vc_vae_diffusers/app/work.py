@@ -154,6 +154,7 @@ def carry_out(
     if wish.source.suffix.lower() == LATENTS:
         return _decode_only(wish, models, folder, clock)
     with _reader(wish, limits) as reader:
+        in_source = reader.info.num_frames
         frames = min(reader.expected_frames or wish.num_frames, wish.num_frames)
         limits.check_size(frames, reader.width, reader.height)
     with models.use(wish.model, wish.dtype, wish.tile) as vae:
@@ -171,7 +172,7 @@ def carry_out(
         outcome.latents_picture = _save(draw_latents(_first_latents(LatentFile(latents))), folder / "latents.png")
         clock.check()
         outcome.motion_picture = _draw_motion(vae, wish, folder / "motion.png")
-    outcome.in_source = probe(wish.source, limits=limits.reading()).num_frames
+    outcome.in_source = in_source
     outcome.facts = _facts(vae, outcome, seconds, clock)
     return outcome
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..names import BUNDLED
+from ..names import is_bundled
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,7 @@ ModelOption = Annotated[
         "--model",
         "-m",
         help="Folder or hub id of a VC-VAE; by default the small one in the package.",
-        callback=lambda name: None if name == BUNDLED and not Path(name).exists() else name,
+        callback=lambda name: None if is_bundled(name) else name,
     ),
 ]
 SubfolderOption = Annotated[

@@ -31,10 +31,9 @@ def load_vae(path: str, subfolder: str | None = None) -> ModelMixin:
     path = model_place("--model", path)
     with asked_of_hub("--model", path):
         name = str(AutoencoderKLVCVAE.load_config(path, subfolder=subfolder)["_class_name"])
-    vae_class = AutoencoderKLVCVAE if name == AutoencoderKLVCVAE.__name__ else getattr(diffusers, name, None)
-    if vae_class is None:
-        raise ValueError(f"model={path!r}: its config.json names the class {name!r}, which diffusers does not have")
-    with asked_of_hub("--model", path):
+        vae_class = AutoencoderKLVCVAE if name == AutoencoderKLVCVAE.__name__ else getattr(diffusers, name, None)
+        if vae_class is None:
+            raise ValueError(f"model={path!r}: its config.json names the class {name!r}, which diffusers does not have")
         return vae_class.from_pretrained(path, subfolder=subfolder, torch_dtype=torch.float32)
 
 

@@ -397,12 +397,10 @@ def clip_item(clip: torch.Tensor, name: str, bucket: Bucket, seed: int, request:
 
 def no_candidate(bucket: Bucket, skipped: Sequence[Skip]) -> DataError:
     """The error for a bucket that nothing serves."""
-    reasons = "; ".join(reason for reason, _ in Counter(skip.reason for skip in skipped).most_common(3))
-    remedy = (
-        "" if all(skip.unreadable for skip in skipped) else "give --buckets with fewer or smaller frames, or other videos"
-    )
-    told = "; ".join(filter(None, [reasons, remedy]))
-    return DataError(f"none of {len(skipped)} files in a row serves bucket {bucket}: {told}")
+    told = [reason for reason, _ in Counter(skip.reason for skip in skipped).most_common(3)]
+    if not all(skip.unreadable for skip in skipped):
+        told.append("give --buckets with fewer or smaller frames, or other videos")
+    return DataError(f"none of {len(skipped)} files in a row serves bucket {bucket}: {'; '.join(told)}")
 
 
 def _on_screen(times: Sequence[Fraction], period: Fraction, moments: Sequence[Fraction]) -> list[int]:
